@@ -1,0 +1,51 @@
+// Settings of a program from four places, the later winning: defaults, a config file, the environment, the
+// command line. One table of options per program gives all four and the --help text. The only place that
+// reads the environment. Used by one thread, at start.
+#ifndef STRATA_CONFIG_H
+#define STRATA_CONFIG_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "common/status.h"
+
+enum option_kind { OPTION_FLAG, OPTION_INT, OPTION_FLOAT, OPTION_STRING, OPTION_BYTES /* "512M", "2G" */ };
+
+// --max-sequences, STRATA_MAX_SEQUENCES and "max-sequences = 32" in the file are the same option.
+struct option {
+    const char *name; // "max-sequences"
+    char letter;      // 'w' for -w, 0 = none
+    enum option_kind kind;
+    const char *argument; // "N", "ADDR": shown in --help; NULL for flags
+    const char *fallback; // default as text, NULL = unset
+    const char *help;     // one or more sentences
+    double least, most;   // bounds of INT, FLOAT and BYTES when most > least
+};
+
+struct config;
+
+// Parses argv[1..]. Options end at "--". Words that are no options are positionals. "--name=value", "--name
+// value",
+// "-w 2", "--no-flag". An unknown option is refused with the closest name. --config FILE names the file
+// (default: none). The options array is terminated by a NULL name and must outlive the config.
+int config_parse(struct config **out, const struct option *options, int argc, char **argv,
+                 struct error *error);
+void config_free(struct config *config);
+
+bool config_is_set(const struct config *config, const char *name); // given anywhere, the default not counted
+bool config_flag(const struct config *config, const char *name);
+int64_t config_int(const struct config *config, const char *name); // also OPTION_BYTES
+double config_float(const struct config *config, const char *name);
+const char *config_string(const struct config *config, const char *name); // NULL when unset
+size_t config_positional_count(const struct config *config);
+const char *config_positional(const struct config *config, size_t index);
+bool config_wants_help(const struct config *config); // --help or -h was given
+
+// "usage: <usage>", the text, then the options in their order, wrapped at 100 columns, with defaults.
+void config_print_help(const struct option *options, const char *usage, const char *text);
+
+// An environment variable that is no option (HOME, PATH); NULL when unset.
+const char *config_environment(const char *name);
+
+#endif

@@ -1,0 +1,1 @@
+// Opens the backend a worker asks for.

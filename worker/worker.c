@@ -1,0 +1,1 @@
+// The worker: joins a pool, loads its stage, runs its steps.
