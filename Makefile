@@ -1,0 +1,60 @@
+# The front doors, thin over CMake. On a fresh Debian 12 each installs what it needs.
+#
+#   make demo    build, fetch a small model, serve it with two workers, ask it something   (MODEL=x.gguf for your own)
+#   make check   build, run every test
+#   make         build only
+#
+# Also: check-asan, check-tsan (the whole suite under sanitizers), fuzz (FUZZ_SECONDS a target), bench, format, clean.
+
+BUILD ?= build
+JOBS ?= $(shell nproc)
+FUZZ_SECONDS ?= 60
+CMAKE_FLAGS ?=
+export CTEST_OUTPUT_ON_FAILURE = 1
+
+.PHONY: all build deps demo check check-asan check-tsan fuzz bench format clean
+
+all: build
+
+deps:
+	@scripts/install_dependencies.sh
+
+build: deps
+	@cmake -S . -B $(BUILD) -G Ninja $(CMAKE_FLAGS) > $(BUILD).log 2>&1 || { cat $(BUILD).log; exit 1; }
+	@mv $(BUILD).log $(BUILD)/configure.log
+	@ninja -C $(BUILD) -j$(JOBS)
+
+demo: build
+	@scripts/demo.sh $(BUILD) $(MODEL)
+
+check: build
+	@ctest --test-dir $(BUILD) -j$(JOBS)
+
+# $(call sanitized,NAME,SANITIZERS): the whole suite in a build of its own.
+define sanitized
+	@scripts/install_dependencies.sh
+	@cmake -S . -B $(BUILD)-$(1) -G Ninja -DSTRATA_SANITIZE=$(2) $(CMAKE_FLAGS) > /dev/null
+	@ninja -C $(BUILD)-$(1) -j$(JOBS)
+	@ctest --test-dir $(BUILD)-$(1) -j$(JOBS) -E '^tidy/'
+endef
+
+check-asan:
+	$(call sanitized,asan,address$(comma)undefined)
+
+check-tsan:
+	$(call sanitized,tsan,thread)
+
+comma := ,
+
+fuzz:
+	@scripts/install_dependencies.sh
+	@scripts/fuzz.sh $(BUILD)-fuzz $(FUZZ_SECONDS)
+
+bench: build
+	@scripts/bench.sh $(BUILD)
+
+format:
+	@git ls-files '*.c' '*.h' '*.cu' '*.cuh' | xargs clang-format -i
+
+clean:
+	@rm -rf $(BUILD) $(BUILD)-asan $(BUILD)-tsan $(BUILD)-fuzz
