@@ -1,0 +1,26 @@
+// What device.c and the backends share: the head of every device, and a backend's table.
+#ifndef STRATA_DEVICE_INTERNAL_H
+#define STRATA_DEVICE_INTERNAL_H
+
+#include "kernels/device.h"
+#include "kernels/kernels.h"
+
+struct device_backend {
+    const char *name; // "cpu", "cuda"
+    int (*open)(struct device **out, const struct device_options *options, struct error *error);
+    void (*close)(struct device *device);
+    uint32_t (*level)(const struct device *device);
+    const char *(*describe)(const struct device *device);
+    uint64_t (*memory_free)(const struct device *device);
+    uint32_t (*best_level)(uint32_t index);
+};
+
+// The first member of every backend's own struct.
+struct device {
+    const struct kernel_ops *ops;
+    const struct device_backend *backend;
+};
+
+extern const struct device_backend cpu_backend;
+
+#endif
