@@ -17,6 +17,7 @@ static const char *const GGML_NAMES[] = {
     "IQ2_XXS",  "IQ2_XS",   "IQ3_XXS", "IQ1_S", "IQ4_NL",     "IQ3_S",      "IQ2_S",      "IQ4_XS",
     "I8",       "I16",      "I32",     "I64",   "F64",        "IQ1_M",      "BF16",       "Q4_0_4_4",
     "Q4_0_4_8", "Q4_0_8_8", "TQ1_0",   "TQ2_0", "IQ4_NL_4_4", "IQ4_NL_4_8", "IQ4_NL_8_8", "MXFP4",
+    "NVFP4",    "Q1_0",     "Q2_0",
 };
 
 const struct tensor_type_info *tensor_type_info(uint32_t type)
@@ -29,6 +30,11 @@ const struct tensor_type_info *tensor_type_info(uint32_t type)
 const char *tensor_type_ggml_name(uint32_t type)
 {
     return type < sizeof(GGML_NAMES) / sizeof(GGML_NAMES[0]) ? GGML_NAMES[type] : NULL;
+}
+
+const char *tensor_type_list(void)
+{
+    return "F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K";
 }
 
 size_t tensor_type_bytes(uint32_t type, uint64_t width, uint64_t rows)

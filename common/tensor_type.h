@@ -30,9 +30,11 @@ struct tensor_type_info {
 // NULL when Strata does not read this type.
 const struct tensor_type_info *tensor_type_info(uint32_t type);
 
-// The name GGML gives the id, also for types Strata refuses ("IQ2_XXS"), or "type 77" semantics: NULL if
-// unknown.
+// The name GGML gives the id, also for types Strata refuses ("IQ2_XXS"); NULL when GGML has none.
 const char *tensor_type_ggml_name(uint32_t type);
+
+// The types Strata reads, for sentences: "F32, F16, ...".
+const char *tensor_type_list(void);
 
 // Bytes of `rows` rows of `width` weights; 0 when the width is not a whole number of blocks or the type is
 // unknown or the product overflows.
