@@ -1,0 +1,37 @@
+// One op table a level. A level that has no version of its own of an op names the next lower one's.
+#include "kernels/cpu/cpu_internal.h"
+
+// What does not depend on the level.
+#define COMMON_OPS                                                                                           \
+    .alloc = cpu_alloc, .free = cpu_free, .upload = cpu_upload, .download = cpu_download, .copy = cpu_copy,  \
+    .sync = cpu_sync, .matrix_bytes = cpu_matrix_bytes, .matrix_pack = cpu_matrix_pack,                      \
+    .matrix_forms = cpu_matrix_forms, .activation_bytes = cpu_activation_bytes
+
+static const struct kernel_ops PORTABLE = {
+    .name = "portable",
+    COMMON_OPS,
+    .norm = cpu_norm_portable,
+    .matmul = cpu_matmul_portable,
+    .ffn_activate = cpu_ffn_activate_portable,
+};
+
+static const struct kernel_ops AVX2 = {
+    .name = "avx2",
+    COMMON_OPS,
+    .norm = cpu_norm_portable,
+    .matmul = cpu_matmul_portable,
+    .ffn_activate = cpu_ffn_activate_portable,
+};
+
+static const struct kernel_ops AVX512 = {
+    .name = "avx512",
+    COMMON_OPS,
+    .norm = cpu_norm_portable,
+    .matmul = cpu_matmul_portable,
+    .ffn_activate = cpu_ffn_activate_portable,
+};
+
+const struct kernel_ops *cpu_ops_of_level(uint32_t level)
+{
+    return level == LEVEL_AVX512 ? &AVX512 : level == LEVEL_AVX2 ? &AVX2 : &PORTABLE;
+}
