@@ -32,10 +32,13 @@ struct step_command {
     uint32_t copy_from, copy_to;       // COPY: page ids
     // OPEN: what the last stage needs so that a resumed sequence samples as if it had never moved.
     struct sampling_params sampling;
-    uint32_t choice;                       // part of the random stream
-    uint32_t history_first, history_count; // into plan->tokens: every token so far, prompt first, then output
-    uint32_t history_prompt;               // how many of them are prompt
-    uint32_t bias_first, bias_count;       // into plan->biases
+    uint32_t choice; // part of the random stream
+    // Into plan->tokens: every token so far, prompt first, then output. The prompt may be left out when the
+    // repetition penalty is off (nothing else looks at it); history_count - history_prompt is always the
+    // number of outputs so far.
+    uint32_t history_first, history_count;
+    uint32_t history_prompt;         // how many of them are prompt
+    uint32_t bias_first, bias_count; // into plan->biases
     uint32_t ban_first,
         ban_count; // into plan->tokens: ids that cannot be drawn before sampling.min_tokens outputs
 };
@@ -60,7 +63,8 @@ struct step_row {
         logits;    // LAST iff draws > 0 and no prompt logprobs; ALL: a prompt logprob for every position
     bool logprobs; // report the logprob of each sample
     uint32_t top_logprobs; // and that many alternatives (also for prompt logprobs)
-    int32_t next_token;    // ALL: the token after the last position (its logprob is reported), -1 = none
+    int32_t next_token;    // ALL: the token after the last position (its logprob is reported), -1 = none:
+                           // the last position is then not scored
 };
 
 struct step_plan {
@@ -125,7 +129,7 @@ struct step_prompt_logprob {
     uint32_t top_first, top_count;
 };
 
-struct step_result {
+struct step_result { // samples by row, then draw; prompts by row, then position, without gaps
     uint64_t epoch;
     uint64_t number;
     uint32_t n_samples, n_prompts, n_tops;

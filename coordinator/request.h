@@ -2,9 +2,11 @@
 // each of its choices. Owned by the scheduler from submission to its last event; never touched by gRPC
 // threads.
 //
-//            submit            first chunk planned         last prompt chunk planned
-//   (new) ----------> WAITING -------------------> PREFILL -------------------------> RUNNING ----> DONE
-//                        \___________________ cancel, deadline, pool lost ______________________/
+//         submit           admit_next                 plan_chunk (the last)              choice_end (the last)
+//   (new) -------> WAITING -----------> PREFILL ---------------------------> RUNNING -------------------> DONE
+//                     |   slots and pages  |      choices decode, or the last      entry_end: cancel,        ^
+//                     |   are set aside    |      scores are awaited               deadline, pool lost       |
+//                     +--------------------+-----------------------------------------------------------------+
 #ifndef STRATA_REQUEST_H
 #define STRATA_REQUEST_H
 
@@ -38,8 +40,19 @@ struct request {
     int64_t deadline_us; // INT64_MAX = none
 };
 
+enum request_state { REQUEST_WAITING, REQUEST_PREFILL, REQUEST_RUNNING, REQUEST_DONE };
+
 struct request *
 request_new(void); // zeroed, with SAMPLING_DEFAULTS, one choice, no deadline; NULL when memory is out
 void request_free(struct request *request);
+
+// Whether the scheduler can take it: every count and id in range. STATUS_INVALID with a sentence.
+int request_check(const struct request *request, uint32_t context, uint32_t vocab_size, struct error *error);
+// Tokens that one choice can get: max_tokens, or what is left of the context.
+uint32_t request_max_outputs(const struct request *request, uint32_t context);
+// Positions whose keys and values one choice needs at most (the last token drawn needs none).
+uint32_t request_positions(const struct request *request, uint32_t context);
+// KV pages that all its choices need at most, those that hold nothing but prompt counted once.
+uint64_t request_pages(const struct request *request, uint32_t context);
 
 #endif

@@ -66,7 +66,10 @@ void scheduler_free(struct scheduler *scheduler);
 
 // The pool: ready with these stages and pages under a new epoch, or lost. While lost, nothing is planned. On
 // loss every admitted request ends with UNAVAILABLE and `text`; waiting ones keep waiting.
-void scheduler_pool_ready(struct scheduler *scheduler, uint64_t epoch, uint32_t n_stages, uint32_t n_pages);
+// Ready: a waiting request that could never fit these pages ends with EXHAUSTED. STATUS_INVALID or NO_MEMORY:
+// the pool counts as lost.
+int scheduler_pool_ready(struct scheduler *scheduler, uint64_t epoch, uint32_t n_stages, uint32_t n_pages,
+                         int64_t now_us);
 void scheduler_pool_lost(struct scheduler *scheduler, const char *text, int64_t now_us);
 
 // Takes the request (also frees it later) when it returns 0. STATUS_EXHAUSTED: too many wait, or it could
@@ -77,12 +80,13 @@ int scheduler_submit(struct scheduler *scheduler, struct request *request, int64
 // ids are ignored (it may just have ended). `status` and `text` appear in REQUEST_END.
 void scheduler_cancel(struct scheduler *scheduler, uint64_t request, int status, const char *text,
                       int64_t now_us);
-// The token stream matched a stop string: the choice ends with FINISH_STOP; tokens still in flight are
-// dropped.
+// The token stream matched a stop string: the choice ends with FINISH_STOP, whatever would have ended it
+// next; its tokens still in flight or not yet taken as events are dropped and their credit returns.
 void scheduler_stop_choice(struct scheduler *scheduler, uint64_t request, uint32_t choice, int64_t now_us);
 // The client's stream took `tokens` tokens.
 void scheduler_credit(struct scheduler *scheduler, uint64_t request, uint32_t tokens);
-// A step's result. STATUS_CORRUPT when it is not the one expected (the pool is then at fault).
+// A step's result, in the order of the steps. One of another epoch is ignored. STATUS_CORRUPT when it is not
+// the one expected (the pool is then at fault), STATUS_NO_MEMORY; either way nothing has changed.
 int scheduler_result(struct scheduler *scheduler, const struct step_result *result, int64_t now_us,
                      struct error *error);
 
