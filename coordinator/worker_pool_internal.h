@@ -1,0 +1,138 @@
+// Shared by the files of the worker pool: worker_pool.c (the state machine), worker_pool_join.c (the
+// streams), worker_pool_plan.c (who gets which layers, how many pages fit).
+#ifndef STRATA_WORKER_POOL_INTERNAL_H
+#define STRATA_WORKER_POOL_INTERNAL_H
+
+#include <pthread.h>
+
+#include "common/shard_plan.h"
+#include "coordinator/worker_pool.h"
+
+enum {
+    POOL_PROTOCOL = 1,
+    MAX_JOINED = 256,      // Join streams at once
+    MAX_INBOX = 1024,      // messages of one worker that nobody has read yet
+    MAX_WORKER_NAME = 128, // bytes
+};
+
+// One message as it came in.
+struct parcel {
+    struct parcel *next;
+    size_t length;
+    uint8_t bytes[];
+};
+
+enum member_state {
+    MEMBER_NEW /* no hello yet */,
+    MEMBER_JOINED,
+    MEMBER_LOADING,
+    MEMBER_LOADED,
+    MEMBER_READY
+};
+
+// One Join stream, from its first message to its end.
+struct member {
+    struct worker_pool *pool;
+    struct rpc_call *call;
+
+    // Written by gRPC threads, read by the pool's: under `mutex`.
+    pthread_mutex_t mutex;
+    struct parcel *first, *last;
+    uint32_t waiting;
+    bool posted; // in pool->news
+    bool gone;   // the stream is over
+    bool flooded;
+
+    // The pool's thread only.
+    struct member *next; // in order of joining
+    enum member_state state;
+    bool leaving;  // told goodbye or cut off: whatever it still says is not heard
+    char why[128]; // it was cut off
+    char *name, *backend, *device, *link_address, *host;
+    uint32_t level;
+    uint64_t pid;
+    uint64_t memory; // it would have free if it held nothing of ours
+    uint32_t failures;
+    int32_t stage; // in this epoch; -1: a spare
+    uint32_t held_first, held_layers;
+    uint64_t weight_bytes, kv_bytes, done_bytes, total_bytes;
+    uint64_t steps_done, compute_us;
+    int64_t heard_us, beat_us; // last message; last heartbeat
+    double busy;
+};
+
+// What a worker held when its stream broke: the process may still live and come back.
+struct memory_of_member {
+    char name[MAX_WORKER_NAME + 1];
+    uint64_t pid;
+    uint32_t held_first, held_layers;
+};
+
+struct worker_pool {
+    struct worker_pool_options options;
+    char *backend;
+    struct shard_plan plan;
+    uint64_t fingerprint;
+    struct queue *news;   // of struct member *: those with something in the inbox, each at most once
+    pthread_mutex_t door; // over `streams` and `closed`
+    uint32_t streams;     // Join calls that have a member
+    bool closed;
+
+    // The pool's thread only.
+    struct member *members;
+    struct member *stages[MAX_STAGES]; // of this epoch
+    enum wire_pool_state state;        // never DRAINING, which is the coordinator's business
+    uint64_t epoch;
+    uint32_t n_pages;
+    char problem[512]; // why the last assembly ended, "" = nothing went wrong
+    bool announce_ready, announce_lost;
+    int64_t retry_at_us; // no assembly before; 0 = at once
+    int64_t retry_us;    // the next back-off
+    int64_t ready_us;    // since when the pool is ready
+    int64_t grace_us;    // a broken link is explained by then or reported as it is; 0 = none is pending
+    uint32_t grace_stage;
+    char grace_text[512];
+    int64_t tick_us;     // next time to look at heartbeats
+    int64_t progress_us; // next progress line in the log
+
+    struct memory_of_member past[MAX_STAGES];
+    uint32_t next_past;
+
+    struct parcel *inbox; // taken from `reading`, not handled yet
+    struct member *reading;
+    bool reading_gone; // its stream is over
+    struct arena arena;
+    struct step_result result;
+    struct wire_bytes bytes;
+    struct wire_stage described[MAX_STAGES];
+    char problem_text[1024];
+};
+
+// --- worker_pool.c ---
+bool pool_is_assembled(const struct worker_pool *pool); // loading, linking or ready
+uint32_t pool_count_joined(const struct worker_pool *pool);
+
+// --- worker_pool_join.c ---
+// The inbox of the next member that has something: fills pool->reading, reading_gone and inbox. False: no
+// news.
+bool pool_collect(struct worker_pool *pool, bool *flooded);
+void pool_member_free(struct member *member);
+// Encodes and queues; a member that cannot take more is cut off.
+void pool_send(struct worker_pool *pool, struct member *member,
+               const struct wire_coordinator_message *message);
+void pool_send_bytes(struct worker_pool *pool, struct member *member);
+void pool_send_goodbye(struct worker_pool *pool, struct member *member, int status, const char *text,
+                       bool retry);
+void pool_cut(struct member *member, const char *text);
+
+// --- worker_pool_plan.c ---
+// Picks n_stages members and deals them the stages: those that failed least first, then in order of joining;
+// among the picked, a stage goes to the one that holds most of its layers. False: too few are there.
+bool pool_deal(const struct worker_pool *pool, struct member *stages[]);
+void pool_remember(struct worker_pool *pool, const struct member *member);
+void pool_recall(const struct worker_pool *pool, struct member *member);
+// Pages that fit beside the weights on every device; on a CPU host the workers share one memory.
+int pool_count_pages(const struct worker_pool_options *options, const struct shard_plan *plan,
+                     struct member *const stages[], uint32_t *n_pages, struct error *error);
+
+#endif
