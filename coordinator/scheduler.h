@@ -54,11 +54,12 @@ struct scheduler_event { // pointers are valid until the next call on the schedu
     // CHOICE_END
     enum finish_reason finish;
     int32_t matched_id; // the end id that was drawn, -1 when something else ended it
+    // CHOICE_END and REQUEST_END
+    uint32_t cached_tokens;
+    int64_t started_us; // first planned, 0 = never
     // REQUEST_END
     int status;     // STATUS_OK: every choice ended by itself
     char text[256]; // the sentence when not OK
-    uint32_t cached_tokens;
-    int64_t started_us; // first planned, 0 = never
 };
 
 int scheduler_new(struct scheduler **out, const struct scheduler_options *options);
