@@ -1,0 +1,147 @@
+// The workspace is one table of (where, how big): planning adds the sizes up, allocating walks the same
+// table, so the two cannot disagree. On the device's thread.
+#include "worker/workspace.h"
+
+#include <stdlib.h>
+
+enum { MAX_BUFFERS = 32 };
+
+struct buffer {
+    void **at;
+    uint64_t bytes;
+    bool on_device;
+};
+struct layout {
+    struct buffer buffers[MAX_BUFFERS];
+    uint32_t count;
+};
+
+static void want(struct layout *layout, void *at, uint64_t count, uint64_t size, bool on_device)
+{
+    if (count)
+        layout->buffers[layout->count++] = (struct buffer){at, count * size, on_device};
+}
+
+unsigned workspace_forms(struct device *device, const struct weight_list *list, enum weight_input input)
+{
+    unsigned forms = 0;
+    for (uint32_t i = 0; i < list->count; i++) {
+        if (list->items[i].input == input)
+            forms |= device_ops(device)->matrix_forms(device, list->items[i].type);
+    }
+    return forms;
+}
+
+static void want_activation(struct layout *layout, struct device *device, const struct workspace_shape *shape,
+                            struct activation *activation, uint32_t width, enum weight_input input)
+{
+    *activation = (struct activation){.width = width,
+                                      .rows = shape->bounds.max_positions,
+                                      .forms = workspace_forms(device, shape->weights, input)};
+    want(layout, &activation->data, 1,
+         device_ops(device)->activation_bytes(device, width, activation->rows, activation->forms), true);
+}
+
+static void lay_out_outputs(struct layout *layout, struct workspace *ws, const struct workspace_shape *shape)
+{
+    uint64_t rows = shape->last ? ws->head_rows : 0;
+    want(layout, &ws->logits, rows, shape->spec->vocab_size * sizeof(float), true);
+    for (int host = 0; host < 2; host++) {
+        want(layout, host ? (void *)&ws->host.drawn : &ws->drawn, rows * MAX_CHOICES, sizeof(int32_t), !host);
+        want(layout, host ? (void *)&ws->host.drawn_logprobs : &ws->drawn_logprobs, rows * MAX_CHOICES,
+             sizeof(float), !host);
+        want(layout, host ? (void *)&ws->host.scores : &ws->scores, rows, sizeof(float), !host);
+        want(layout, host ? (void *)&ws->host.tops : &ws->tops, 2 * rows * MAX_TOP_LOGPROBS,
+             sizeof(struct token_logprob), !host);
+    }
+}
+
+static void lay_out(struct layout *layout, struct workspace *ws, struct device *device,
+                    const struct workspace_shape *shape)
+{
+    const struct model_spec *spec = shape->spec;
+    uint64_t positions = shape->bounds.max_positions;
+    ws->max_positions = shape->bounds.max_positions;
+    ws->max_rows = ws->max_positions < MAX_STEP_ROWS ? ws->max_positions : MAX_STEP_ROWS;
+    ws->head_rows = ws->max_positions < HEAD_ROWS ? ws->max_positions : HEAD_ROWS;
+    ws->table_stride = (shape->bounds.context + KV_PAGE_POSITIONS - 1) / KV_PAGE_POSITIONS;
+    ws->qkv_stride = (spec->n_heads + 2 * spec->n_kv_heads) * spec->head_size;
+    ws->ffn_stride = spec->ffn == FFN_PLAIN ? spec->ffn_width : 2 * spec->ffn_width;
+    for (int host = 0; host < 2; host++) {
+        want(layout, host ? &ws->host.tokens : &ws->tokens, positions, sizeof(int32_t), !host);
+        want(layout, host ? &ws->host.positions : &ws->positions, positions, sizeof(uint32_t), !host);
+        want(layout, host ? &ws->host.slots : &ws->slots, positions, sizeof(uint32_t), !host);
+        want(layout, host ? &ws->host.spans : &ws->spans, ws->max_rows, sizeof(struct batch_span), !host);
+        bool needed = !host || !shape->first || !shape->last;
+        want(layout, host ? &ws->host.residual : &ws->residual, needed ? positions : 0,
+             spec->width * sizeof(float), !host);
+    }
+    want(layout, &ws->page_tables, (uint64_t)shape->bounds.n_slots * ws->table_stride, sizeof(uint32_t),
+         true);
+    want(layout, &ws->qkv, positions, ws->qkv_stride * sizeof(float), true);
+    want(layout, &ws->ffn, positions, ws->ffn_stride * sizeof(float), true);
+    want_activation(layout, device, shape, &ws->normed, spec->width, WEIGHT_READS_NORMED);
+    want_activation(layout, device, shape, &ws->attended, spec->n_heads * spec->head_size,
+                    WEIGHT_READS_ATTENDED);
+    want_activation(layout, device, shape, &ws->activated, spec->ffn_width, WEIGHT_READS_ACTIVATED);
+    lay_out_outputs(layout, ws, shape);
+    for (uint32_t i = 0; i < layout->count; i++)
+        ws->bytes += layout->buffers[i].bytes;
+}
+
+uint64_t workspace_plan_bytes(struct device *device, const struct workspace_shape *shape)
+{
+    struct workspace planned = {0};
+    struct layout layout = {.count = 0};
+    lay_out(&layout, &planned, device, shape);
+    return planned.bytes;
+}
+
+int workspace_new(struct workspace **out, struct device *device, const struct workspace_shape *shape,
+                  struct error *error)
+{
+    struct workspace *ws = calloc(1, sizeof(*ws));
+    if (!ws)
+        return error_set(error, STATUS_NO_MEMORY, "no memory for the workspace");
+    ws->device = device;
+    ws->ops = device_ops(device);
+    struct layout layout = {.count = 0};
+    lay_out(&layout, ws, device, shape);
+    for (uint32_t i = 0; i < layout.count; i++) {
+        const struct buffer *buffer = &layout.buffers[i];
+        *buffer->at = buffer->on_device ? ws->ops->alloc(device, buffer->bytes) : calloc(1, buffer->bytes);
+        if (!*buffer->at) {
+            uint64_t bytes = ws->bytes;
+            workspace_free(ws);
+            return error_set(error, STATUS_NO_MEMORY,
+                             "there is no room for a workspace of %.1f MB (steps of %u positions)",
+                             (double)bytes / 1e6, shape->bounds.max_positions);
+        }
+    }
+    *out = ws;
+    return STATUS_OK;
+}
+
+static void free_device(struct workspace *ws, void *data)
+{
+    if (data)
+        ws->ops->free(ws->device, data);
+}
+
+void workspace_free(struct workspace *ws)
+{
+    if (!ws)
+        return;
+    void *on_device[] = {ws->tokens,      ws->positions,      ws->slots,         ws->spans,
+                         ws->page_tables, ws->residual,       ws->qkv,           ws->ffn,
+                         ws->logits,      ws->normed.data,    ws->attended.data, ws->activated.data,
+                         ws->drawn,       ws->drawn_logprobs, ws->scores,        ws->tops};
+    for (size_t i = 0; i < sizeof(on_device) / sizeof(on_device[0]); i++)
+        free_device(ws, on_device[i]);
+    void *on_host[] = {ws->host.tokens,         ws->host.positions, ws->host.slots,
+                       ws->host.spans,          ws->host.residual,  ws->host.drawn,
+                       ws->host.drawn_logprobs, ws->host.scores,    ws->host.tops};
+    for (size_t i = 0; i < sizeof(on_host) / sizeof(on_host[0]); i++)
+        free(on_host[i]);
+    free(ws);
+}

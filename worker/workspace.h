@@ -1,0 +1,67 @@
+// Every buffer a stage's steps need, on the device and beside it, sized for the largest step and planned
+// before any of it is allocated. A plain record shared by the executor (which fills the inputs and reads the
+// outputs) and the decoder (which computes in between). Belongs to the device's thread.
+#ifndef STRATA_WORKSPACE_H
+#define STRATA_WORKSPACE_H
+
+#include <stdint.h>
+
+#include "common/model_spec.h"
+#include "common/status.h"
+#include "common/step_plan.h"
+#include "kernels/kernels.h"
+#include "worker/weight_file.h"
+
+enum { HEAD_ROWS = 64 }; // rows of logits in memory at once
+
+struct workspace_shape {
+    const struct model_spec *spec;
+    const struct weight_list *weights; // the types decide the forms of activations
+    struct step_bounds bounds;
+    bool first, last; // stage
+};
+
+struct workspace {
+    struct device *device;
+    const struct kernel_ops *ops;
+    uint32_t max_positions, max_rows, table_stride, head_rows;
+    uint32_t qkv_stride, ffn_stride;
+    uint64_t bytes; // all of it
+    // [device] inputs of a step
+    int32_t *tokens;          // [max_positions]
+    uint32_t *positions;      // [max_positions]
+    uint32_t *slots;          // [max_positions]
+    struct batch_span *spans; // [max_rows]
+    uint32_t *page_tables;    // [n_slots][table_stride]
+    // [device] activations
+    float *residual; // [max_positions][width]
+    float *qkv;      // [max_positions][qkv_stride]: q, k, v side by side
+    float *ffn;      // [max_positions][ffn_stride]: gate, up side by side
+    float *logits;   // [head_rows][vocab]; last stage
+    struct activation normed, attended, activated;
+    // [device] outputs of a group of head rows; last stage
+    int32_t *drawn;             // [head_rows * MAX_CHOICES]
+    float *drawn_logprobs;      // beside it
+    float *scores;              // [head_rows]
+    struct token_logprob *tops; // [2 * head_rows * MAX_TOP_LOGPROBS]: of samples, then of scores
+    // host: what is uploaded, downloaded, sent
+    struct {
+        int32_t *tokens;
+        uint32_t *positions, *slots;
+        struct batch_span *spans;
+        float *residual; // more than one stage
+        int32_t *drawn;
+        float *drawn_logprobs, *scores;
+        struct token_logprob *tops;
+    } host;
+};
+
+uint64_t workspace_plan_bytes(struct device *device, const struct workspace_shape *shape);
+int workspace_new(struct workspace **out, struct device *device, const struct workspace_shape *shape,
+                  struct error *error);
+void workspace_free(struct workspace *workspace);
+
+// The forms that the matrices of `list` reading `input` want.
+unsigned workspace_forms(struct device *device, const struct weight_list *list, enum weight_input input);
+
+#endif
