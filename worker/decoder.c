@@ -206,6 +206,11 @@ void decoder_free(struct decoder *decoder)
     free(decoder);
 }
 
+uint32_t decoder_vocabulary(const struct decoder *decoder)
+{
+    return decoder->spec.vocab_size;
+}
+
 // --- the parts ---
 
 // An activation in only the forms that its readers want.

@@ -21,6 +21,7 @@ int decoder_new(struct decoder **out, struct device *device, const struct model_
                 const struct weight_cache *weights, uint32_t first_layer, uint32_t n_layers,
                 struct error *error);
 void decoder_free(struct decoder *decoder);
+uint32_t decoder_vocabulary(const struct decoder *decoder);
 
 // First stage: residual = embedding of the batch's tokens.
 void decoder_embed(const struct decoder *decoder, struct workspace *ws, const struct batch *batch);
