@@ -50,6 +50,8 @@ static void close_device(struct device *device)
     cpu_pool_close(cpu->pool);
     for (uint32_t i = 0; i < cpu->threads; i++)
         free(cpu->scratch[i]);
+    for (size_t i = 0; i < sizeof(cpu->buffers) / sizeof(cpu->buffers[0]); i++)
+        free(cpu->buffers[i].data);
     free(cpu);
 }
 
@@ -238,6 +240,20 @@ bool cpu_scratch_reserve(struct cpu_device *device, size_t bytes)
     }
     device->scratch_bytes = bytes;
     return true;
+}
+
+void *cpu_buffer(struct cpu_device *device, enum cpu_buffer_use use, size_t bytes)
+{
+    struct cpu_buffer *buffer = &device->buffers[use];
+    if (bytes > buffer->bytes) {
+        bytes = (bytes + 4095) / 4096 * 4096;
+        free(buffer->data);
+        buffer->data = aligned_alloc(4096, bytes);
+        buffer->bytes = buffer->data ? bytes : 0;
+        if (!buffer->data)
+            cpu_device_fault(device, STATUS_NO_MEMORY, "no memory for an operation's intermediate results");
+    }
+    return buffer->data;
 }
 
 const struct device_backend cpu_backend = {

@@ -33,6 +33,10 @@ struct cpu_device {
     char description[64];
     void *scratch[256]; // one a worker, scratch_bytes long
     size_t scratch_bytes;
+    struct cpu_buffer {
+        void *data;
+        size_t bytes;
+    } buffers[5];       // one for each enum cpu_buffer_use
     struct error fault; // the first since the last sync
     // Writes values[0, count) as elements [first, first + count) of an activation's row, in all its forms.
     void (*store_span)(const struct activation *activation, uint32_t row, uint32_t first, uint32_t count,
@@ -66,6 +70,17 @@ static inline void *cpu_scratch(struct cpu_device *device, uint32_t worker) // a
 {
     return device->scratch[worker];
 }
+
+// Memory shared by the workers that an op keeps from call to call: grown on demand, contents lost when it
+// grows, aligned to 64. Outside parallel regions. NULL, with a fault noted, when memory is out.
+enum cpu_buffer_use {
+    BUFFER_ANGLES,         // cpu_kv.c: cosines and sines of a batch's positions
+    BUFFER_ANGLES_KEY,     // cpu_kv.c: what they were made of
+    BUFFER_ATTENTION_WORK, // cpu_attention.c: the list of tasks
+    BUFFER_ATTENTION_PART, // cpu_attention.c: results of parts of long contexts
+    BUFFER_ATTENTION_HEAD, // cpu_attention.c: heads whose size is no whole number of blocks
+};
+void *cpu_buffer(struct cpu_device *device, enum cpu_buffer_use use, size_t bytes);
 
 int cpu_pool_open(struct cpu_pool **out, uint32_t threads, struct error *error);
 void cpu_pool_close(struct cpu_pool *pool);
@@ -227,5 +242,32 @@ CPU_ROWS_OPS(avx512);
 CPU_MATMUL_OPS(portable);
 CPU_MATMUL_OPS(avx2);
 CPU_MATMUL_OPS(avx512);
+
+// The rest have one version each and call the level's inner loops.
+// cpu_embed.c
+void cpu_embed(struct device *device, float *x, const struct matrix *table, const struct matrix *positions,
+               const struct batch *batch);
+
+// cpu_kv.c
+size_t cpu_kv_page_bytes(const struct device *device, uint32_t n_kv_heads, uint32_t head_size);
+void cpu_attn_prepare(struct device *device, const struct qkv_args *qkv, const struct attention_shape *shape,
+                      const struct kv_layer *kv, const struct batch *batch);
+
+// cpu_attention.c
+void cpu_attention(struct device *device, struct activation *out, const float *q, uint32_t q_stride,
+                   const struct attention_shape *shape, const struct kv_layer *kv, const struct batch *batch);
+
+// cpu_sampler.c
+int cpu_sampler_new(struct sampler **out, struct device *device, uint32_t n_slots, uint32_t vocab,
+                    struct error *error);
+void cpu_sampler_free(struct device *device, struct sampler *sampler);
+int cpu_sampler_open(struct device *device, struct sampler *sampler, uint32_t slot,
+                     const struct sampler_open *open);
+void cpu_sampler_close(struct device *device, struct sampler *sampler, uint32_t slot);
+void cpu_sample(struct device *device, struct sampler *sampler, const float *logits,
+                const struct sample_row *rows, uint32_t n_rows, int32_t *out_tokens, float *out_logprobs,
+                struct token_logprob *out_tops);
+void cpu_score(struct device *device, const float *logits, uint32_t vocab, const struct score_row *rows,
+               uint32_t n_rows, float *out_logprobs, struct token_logprob *out_tops);
 
 #endif

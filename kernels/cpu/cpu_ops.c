@@ -1,11 +1,15 @@
 // One op table a level. A level that has no version of its own of an op names the next lower one's.
 #include "kernels/cpu/cpu_internal.h"
 
-// What does not depend on the level.
+// What does not depend on the level, or sees to it itself.
 #define COMMON_OPS                                                                                           \
     .alloc = cpu_alloc, .free = cpu_free, .upload = cpu_upload, .download = cpu_download, .copy = cpu_copy,  \
     .sync = cpu_sync, .matrix_bytes = cpu_matrix_bytes, .matrix_pack = cpu_matrix_pack,                      \
-    .matrix_forms = cpu_matrix_forms, .activation_bytes = cpu_activation_bytes
+    .matrix_forms = cpu_matrix_forms, .activation_bytes = cpu_activation_bytes,                              \
+    .kv_page_bytes = cpu_kv_page_bytes, .embed = cpu_embed, .attn_prepare = cpu_attn_prepare,                \
+    .attention = cpu_attention, .sampler_new = cpu_sampler_new, .sampler_free = cpu_sampler_free,            \
+    .sampler_open = cpu_sampler_open, .sampler_close = cpu_sampler_close, .sample = cpu_sample,              \
+    .score = cpu_score
 
 static const struct kernel_ops PORTABLE = {
     .name = "portable",

@@ -1,8 +1,8 @@
-// From adjusted logits to a token: temperature, top-k, top-p, min-p, draw. Each of the three truncations keeps
-// a prefix of the tokens in order of falling probability (equal ones by id), so nothing is sorted: the likely
-// candidates are gathered in order of id, a radix histogram over their keys finds where the prefix ends by
-// count or by mass, and the rest is filtered out. The draw walks what is kept in order of id, which needs no
-// order by probability either.
+// From adjusted logits to a token: temperature, top-k, top-p, min-p, draw. Each of the three truncations
+// keeps a prefix of the tokens in order of falling probability (equal ones by id), so nothing is sorted: the
+// likely candidates are gathered in order of id, a radix histogram over their keys finds where the prefix
+// ends by count or by mass, and the rest is filtered out. The draw walks what is kept in order of id, which
+// needs no order by probability either.
 //
 // Masses are summed in f64 in order of id, so a row's token depends on nothing but the row. Any thread; the
 // memory is the caller's.
@@ -93,8 +93,9 @@ static uint32_t keep_candidates(const struct vocab_scan *scan, const struct draw
     return n;
 }
 
-// Walks the bins in order until `limit` tokens or `target` mass are reached; *count and *mass become what lies
-// before that bin. Rounding may leave the target out of reach: then the last bin with a token is the one.
+// Walks the bins in order until `limit` tokens or `target` mass are reached; *count and *mass become what
+// lies before that bin. Rounding may leave the target out of reach: then the last bin with a token is the
+// one.
 static uint32_t find_bin(const struct draw_bin *bins, uint32_t n_bins, uint32_t limit, double target,
                          uint32_t *count, double *mass)
 {

@@ -12,12 +12,12 @@ struct draw_bin;
 
 // Arrays over one row, cut from one worker's scratch.
 struct draw_space {
-    float *adjusted;                  // a copy of the logits to put biases and penalties on
-    float *offsets, *weights;         // of every token, as vocab_scan's weigh leaves them
-    double *block_sums;               // of weights
-    float *block_tops;                // of offsets
-    int32_t *kept_ids;                // the tokens that may be drawn, ascending
-    uint32_t *kept_keys;              // ascending = less likely
+    float *adjusted;          // a copy of the logits to put biases and penalties on
+    float *offsets, *weights; // of every token, as vocab_scan's weigh leaves them
+    double *block_sums;       // of weights
+    float *block_tops;        // of offsets
+    int32_t *kept_ids;        // the tokens that may be drawn, ascending
+    uint32_t *kept_keys;      // ascending = less likely
     float *kept_weights;
     struct draw_bin *bins;
 };

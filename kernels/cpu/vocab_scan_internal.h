@@ -1,6 +1,7 @@
-// Passes over one row of logits, 16 lanes wide (the compilers' vector extension): vocab_scan_portable.c, _avx2.c and _avx512.c each
-// compile this text for their level and export one struct. Multiplies and adds are not contracted, and the
-// order of every sum is fixed by the element's index, so all levels give the same bits.
+// Passes over one row of logits, 16 lanes wide (the compilers' vector extension): vocab_scan_portable.c,
+// _avx2.c and _avx512.c each compile this text for their level and export one struct. Multiplies and adds are
+// not contracted, and the order of every sum is fixed by the element's index, so all levels give the same
+// bits.
 //
 // NaN counts as -infinity, +infinity as the largest float. Pure functions; any thread.
 #ifndef STRATA_VOCAB_SCAN_INTERNAL_H
