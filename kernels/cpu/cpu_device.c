@@ -71,7 +71,9 @@ static int open_device(struct device **out, const struct device_options *options
     cpu->level = options->level && options->level < best ? options->level : best;
     cpu->base.ops = cpu_ops_of_level(cpu->level);
     cpu->threads = options->threads ? options->threads : all_cores();
-    cpu->store_span = cpu_store_span_portable;
+    cpu->store_span = cpu->level == LEVEL_AVX512 ? cpu_store_span_avx512
+                      : cpu->level == LEVEL_AVX2 ? cpu_store_span_avx2
+                                                 : cpu_store_span_portable;
     snprintf(cpu->description, sizeof(cpu->description), "cpu %s, %u thread%s", device_level_name(cpu->level),
              cpu->threads, cpu->threads == 1 ? "" : "s");
     int status = cpu_pool_open(&cpu->pool, cpu->threads, error);

@@ -150,21 +150,22 @@ void cpu_dequantize_row(uint32_t type, const void *source, float *out, uint32_t 
 // matrix_forms: what a matmul reads. Portable: floats for every type.
 enum { FORM_F32 = 1, FORM_Q8 = 2 };
 
-// Blocks of 32 elements: value[i] ~ scale * q[i], scale = amax / 127, q rounded to nearest even.
+// Blocks of 32 elements: value[i] ~ scale * q[i], scale = max |value| / 127, q rounded to nearest even.
 struct cpu_q8_block {
+    int8_t q[32];
     float scale;
-    float scaled_sum;     // scale * (sum of q)
-    int32_t minus_sum[2]; // -(sum of q) over each half
+    float scaled_sum;       // scale * (sum of q)
+    int32_t minus_sum;      // -(sum of q)
+    int32_t minus_half_sum; // -(sum of the first 16)
 };
 
-// FORM_F32: rows of [width rounded up to 16] floats. FORM_Q8, after those: per row the int8 elements (rounded
-// up to 64, zero behind the width), then the blocks. Rows are 64-byte aligned.
+// FORM_F32: rows of [width rounded up to 16] floats. FORM_Q8, after those: rows of blocks. Rows begin at
+// multiples of 64 bytes.
 struct cpu_activation_rows {
     float *floats; // NULL when not among the forms
     size_t float_stride;
     uint8_t *q8;      // NULL when not among the forms
     size_t q8_stride; // bytes from row to row
-    size_t q8_blocks; // bytes from a row to its blocks
 };
 
 static inline struct cpu_activation_rows cpu_activation_rows(const struct activation *activation)
@@ -178,8 +179,7 @@ static inline struct cpu_activation_rows cpu_activation_rows(const struct activa
     }
     if (activation->forms & FORM_Q8) {
         rows.q8 = (uint8_t *)activation->data + bytes;
-        rows.q8_blocks = (width + 63) / 64 * 64;
-        rows.q8_stride = (rows.q8_blocks + (width + 31) / 32 * sizeof(struct cpu_q8_block) + 63) / 64 * 64;
+        rows.q8_stride = ((width + 31) / 32 * sizeof(struct cpu_q8_block) + 63) / 64 * 64;
     }
     return rows;
 }

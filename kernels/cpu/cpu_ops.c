@@ -22,17 +22,17 @@ static const struct kernel_ops PORTABLE = {
 static const struct kernel_ops AVX2 = {
     .name = "avx2",
     COMMON_OPS,
-    .norm = cpu_norm_portable,
-    .matmul = cpu_matmul_portable,
-    .ffn_activate = cpu_ffn_activate_portable,
+    .norm = cpu_norm_avx2,
+    .matmul = cpu_matmul_avx2,
+    .ffn_activate = cpu_ffn_activate_avx2,
 };
 
 static const struct kernel_ops AVX512 = {
     .name = "avx512",
     COMMON_OPS,
-    .norm = cpu_norm_portable,
-    .matmul = cpu_matmul_portable,
-    .ffn_activate = cpu_ffn_activate_portable,
+    .norm = cpu_norm_avx512,
+    .matmul = cpu_matmul_avx512,
+    .ffn_activate = cpu_ffn_activate_avx512,
 };
 
 const struct kernel_ops *cpu_ops_of_level(uint32_t level)
