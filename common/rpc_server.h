@@ -34,9 +34,11 @@ struct rpc_method {
 };
 
 struct rpc_server_options {
-    uint32_t threads;           // 0 = 2
-    uint32_t max_message_bytes; // received; 0 = 4 MiB
-    uint32_t max_queued;        // messages waiting to be sent on one call; 0 = 1024
+    uint32_t threads;               // 0 = 2
+    uint32_t max_message_bytes;     // received; 0 = 4 MiB
+    uint32_t max_queued;            // messages waiting to be sent on one call; 0 = 1024
+    uint32_t max_calls;             // in flight at once, more are answered RESOURCE_EXHAUSTED; 0 = 4096
+    uint32_t max_connection_age_ms; // then clients are asked to reconnect (load balancers); 0 = never
     const char *tls_cert, *tls_key,
         *tls_ca; // PEM file names; NULL = plaintext. tls_ca asks clients for certificates
 };
