@@ -40,7 +40,7 @@ const struct gguf_value *gguf_part_find(const struct gguf_part *part, const char
 // Reads a scalar of any integer type; false when it is none or does not fit.
 bool gguf_value_u32(const struct gguf_value *value, uint32_t *out);
 
-// A name from a file made fit for a sentence: cut to size, control bytes replaced.
+// A name from a file made fit for a sentence.
 struct gguf_label {
     char text[72];
 };

@@ -10,6 +10,7 @@
 #include "common/gguf_internal.h"
 #include "common/limits.h"
 #include "common/tensor_type.h"
+#include "common/utf8.h"
 
 enum {
     LEAST_KEY_VALUE = 8 + 1 + 4 + 1,      // name length, name, kind, value
@@ -65,15 +66,10 @@ static bool take_string(struct cursor *cursor, struct gguf_string *out)
 struct gguf_label gguf_label(struct gguf_string name)
 {
     struct gguf_label label;
-    size_t length = name.length < sizeof(label.text) - 4 ? name.length : sizeof(label.text) - 4;
-    // A cut must not leave half a character.
-    while (length < name.length && length > 0 && ((unsigned char)name.bytes[length] & 0xC0) == 0x80)
-        length--;
-    for (size_t i = 0; i < length; i++) {
-        unsigned char c = (unsigned char)name.bytes[i];
-        label.text[i] = c < 0x20 || c == 0x7F ? '?' : (char)c;
-    }
-    strcpy(label.text + length, length < name.length ? "..." : "");
+    size_t limit = sizeof(label.text) - 4; // room for the dots
+    size_t used = utf8_copy_clean(label.text, limit, name.bytes, name.length);
+    if (name.length >= limit)
+        strcpy(label.text + used, "...");
     return label;
 }
 

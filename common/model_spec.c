@@ -12,6 +12,7 @@
 
 #include "common/limits.h"
 #include "common/tensor_type.h"
+#include "common/utf8.h"
 
 // What an architecture's name alone decides.
 static const struct family {
@@ -122,17 +123,6 @@ static bool string_is(struct gguf_string string, const char *text)
     return string.length == strlen(text) && memcmp(string.bytes, text, string.length) == 0;
 }
 
-// Cut to fit at a character's end; control bytes become '?'.
-static void copy_string(char *to, size_t capacity, struct gguf_string from)
-{
-    size_t length = from.length < capacity - 1 ? from.length : capacity - 1;
-    while (length < from.length && length > 0 && ((unsigned char)from.bytes[length] & 0xC0) == 0x80)
-        length--;
-    for (size_t i = 0; i < length; i++)
-        to[i] = (unsigned char)from.bytes[i] < 0x20 || from.bytes[i] == 0x7F ? '?' : from.bytes[i];
-    to[length] = '\0';
-}
-
 static const struct family *read_family(struct reader *reader, struct model_spec *spec)
 {
     struct gguf_string name;
@@ -142,7 +132,7 @@ static const struct family *read_family(struct reader *reader, struct model_spec
             error_set(reader->error, STATUS_CORRUPT, "metadata key 'general.architecture' is missing");
     if (reader->status)
         return NULL;
-    copy_string(spec->architecture, sizeof(spec->architecture), name);
+    utf8_copy_clean(spec->architecture, sizeof(spec->architecture), name.bytes, name.length);
     for (size_t i = 0; i < N_FAMILIES; i++)
         if (string_is(name, FAMILIES[i].name))
             return &FAMILIES[i];
@@ -196,7 +186,7 @@ static void read_rope_scaling(struct reader *reader, struct model_spec *spec)
         return;
     if (!string_is(kind, "linear")) {
         char name[32];
-        copy_string(name, sizeof(name), kind);
+        utf8_copy_clean(name, sizeof(name), kind.bytes, kind.length);
         reader->status = error_set(reader->error, STATUS_UNSUPPORTED,
                                    "rope scaling '%s' is not one Strata supports (none, linear)", name);
         return;
@@ -279,7 +269,7 @@ static void read_dimensions(struct reader *reader, const struct family *family, 
     check_positive(reader, "a norm epsilon of", spec->norm_epsilon);
     struct gguf_string name;
     if (!reader->status && !gguf_get_string(reader->gguf, "general.name", &name, NULL))
-        copy_string(spec->name, sizeof(spec->name), name);
+        utf8_copy_clean(spec->name, sizeof(spec->name), name.bytes, name.length);
 }
 
 // --- the tensor table
@@ -423,8 +413,9 @@ static void refuse_rest(struct checklist *list)
 {
     for (size_t i = 0; i < gguf_tensor_count(list->gguf) && !list->status; i++)
         if (!list->asked[i]) {
+            struct gguf_string raw = gguf_tensor_at(list->gguf, i)->name;
             char name[64];
-            copy_string(name, sizeof(name), gguf_tensor_at(list->gguf, i)->name);
+            utf8_copy_clean(name, sizeof(name), raw.bytes, raw.length);
             list->status = error_set(list->error, STATUS_UNSUPPORTED,
                                      "tensor '%s' belongs to no part of the model that Strata knows", name);
         }

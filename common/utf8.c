@@ -61,3 +61,29 @@ size_t utf8_valid_prefix(const void *data, size_t length)
     }
     return at;
 }
+
+// C0 controls, DEL, and the C1 controls that some terminals obey.
+static int is_control(const unsigned char *bytes)
+{
+    return bytes[0] < 0x20 || bytes[0] == 0x7F || (bytes[0] == 0xC2 && bytes[1] < 0xA0);
+}
+
+size_t utf8_copy_clean(char *to, size_t capacity, const void *data, size_t length)
+{
+    const unsigned char *bytes = data;
+    size_t used = 0, taken;
+    for (size_t at = 0; at < length; at += taken) {
+        enum utf8_kind kind = utf8_scan(bytes + at, length - at, &taken);
+        int clean = kind == UTF8_WHOLE && !is_control(bytes + at);
+        size_t size = clean ? taken : 1;
+        if (size > capacity - 1 - used)
+            break;
+        if (clean)
+            memcpy(to + used, bytes + at, taken);
+        else
+            to[used] = '?';
+        used += size;
+    }
+    to[used] = '\0';
+    return used;
+}

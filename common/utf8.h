@@ -19,6 +19,11 @@ enum utf8_kind utf8_scan(const void *bytes, size_t length, size_t *taken);
 // How many bytes from the start are well-formed: `length` when all are.
 size_t utf8_valid_prefix(const void *bytes, size_t length);
 
+// Text from outside made fit for a sentence, a log line or a protobuf string: '?' stands for control
+// characters and ill-formed bytes, and what does not fit into `capacity` (at least 1) with its NUL is cut at
+// a character's end. Returns the bytes written, the NUL not counted.
+size_t utf8_copy_clean(char *to, size_t capacity, const void *bytes, size_t length);
+
 #define UTF8_REPLACEMENT "\xEF\xBF\xBD"
 
 #endif
