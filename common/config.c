@@ -21,6 +21,8 @@ struct setting {
     char *text;
     int64_t integer; // FLAG, INT, BYTES
     double real;
+    char **items; // LIST: the values of this rank, in order
+    size_t n_items;
 };
 
 struct config {
@@ -115,6 +117,29 @@ static int parse_value(const struct option *option, const char *text, struct set
     }
 }
 
+static void setting_free(struct setting *setting)
+{
+    for (size_t i = 0; i < setting->n_items; i++)
+        free(setting->items[i]);
+    free(setting->items);
+    free(setting->text);
+}
+
+// One more value of a list, behind those of the same rank.
+static int add_item(struct setting *value, const struct setting *before, struct error *error)
+{
+    size_t kept = before->rank == value->rank ? before->n_items : 0;
+    value->items = calloc(kept + 1, sizeof(*value->items));
+    for (size_t i = 0; value->items && i <= kept; i++) {
+        value->items[i] = strdup(i < kept ? before->items[i] : value->text);
+        if (!value->items[i])
+            break;
+        value->n_items++;
+    }
+    return value->n_items == kept + 1 ? STATUS_OK
+                                      : error_set(error, STATUS_NO_MEMORY, "no memory for the options");
+}
+
 // `origin` says where the text stands: "--workers", "STRATA_WORKERS", "pool.conf:3: workers".
 static int set_value(struct config *config, size_t index, const char *text, enum rank rank,
                      const char *origin, struct error *error)
@@ -124,8 +149,9 @@ static int set_value(struct config *config, size_t index, const char *text, enum
     if (parse_value(option, text, &value))
         return error_set(error, STATUS_INVALID, "%s: '%s' is not %s", origin, text, kind_name(option->kind));
     double number = option->kind == OPTION_FLOAT ? value.real : (double)value.integer;
-    bool bounded =
-        option->kind != OPTION_FLAG && option->kind != OPTION_STRING && option->most > option->least;
+    bool is_number =
+        option->kind == OPTION_INT || option->kind == OPTION_FLOAT || option->kind == OPTION_BYTES;
+    bool bounded = is_number && option->most > option->least;
     if (bounded && (number < option->least || number > option->most))
         return error_set(error, STATUS_INVALID, "%s: %s is not between %.15g and %.15g", origin, text,
                          option->least, option->most);
@@ -134,9 +160,12 @@ static int set_value(struct config *config, size_t index, const char *text, enum
     value.text = strdup(text);
     if (!value.text)
         return error_set(error, STATUS_NO_MEMORY, "no memory for the options");
-    free(config->settings[index].text);
+    int status = STATUS_OK;
+    if (option->kind == OPTION_LIST)
+        status = add_item(&value, &config->settings[index], error);
+    setting_free(&config->settings[index]);
     config->settings[index] = value;
-    return STATUS_OK;
+    return status;
 }
 
 // --- names
@@ -457,7 +486,7 @@ void config_free(struct config *config)
     if (!config)
         return;
     for (size_t i = 0; config->settings && i < config->n_options; i++)
-        free(config->settings[i].text);
+        setting_free(&config->settings[i]);
     for (size_t i = 0; i < config->n_positionals; i++)
         free(config->positionals[i]);
     free(config->settings);
@@ -500,6 +529,17 @@ double config_float(const struct config *config, const char *name)
 const char *config_string(const struct config *config, const char *name)
 {
     return setting_of(config, name)->text;
+}
+
+size_t config_list_count(const struct config *config, const char *name)
+{
+    return setting_of(config, name)->n_items;
+}
+
+const char *config_list(const struct config *config, const char *name, size_t index)
+{
+    const struct setting *setting = setting_of(config, name);
+    return index < setting->n_items ? setting->items[index] : NULL;
 }
 
 size_t config_positional_count(const struct config *config)

@@ -10,7 +10,14 @@
 
 #include "common/status.h"
 
-enum option_kind { OPTION_FLAG, OPTION_INT, OPTION_FLOAT, OPTION_STRING, OPTION_BYTES /* "512M", "2G" */ };
+enum option_kind {
+    OPTION_FLAG,
+    OPTION_INT,
+    OPTION_FLOAT,
+    OPTION_STRING,
+    OPTION_BYTES, // "512M", "2G"
+    OPTION_LIST   // text; each time it is given adds one value
+};
 
 // --max-sequences, STRATA_MAX_SEQUENCES and "max-sequences = 32" in the file are the same option.
 struct option {
@@ -38,6 +45,9 @@ bool config_flag(const struct config *config, const char *name);
 int64_t config_int(const struct config *config, const char *name); // also OPTION_BYTES
 double config_float(const struct config *config, const char *name);
 const char *config_string(const struct config *config, const char *name); // NULL when unset
+// The values of an OPTION_LIST in the order they were given; NULL past the last.
+size_t config_list_count(const struct config *config, const char *name);
+const char *config_list(const struct config *config, const char *name, size_t index);
 size_t config_positional_count(const struct config *config);
 const char *config_positional(const struct config *config, size_t index);
 bool config_wants_help(const struct config *config); // --help or -h was given

@@ -15,6 +15,7 @@ static const struct option OPTIONS[] = {
     {"listen", 'l', OPTION_STRING, "ADDR", NULL, "Where to listen.", 0, 0},
     {"json", 'j', OPTION_FLAG, NULL, NULL, "Print JSON.", 0, 0},
     {"color", 0, OPTION_FLAG, NULL, "yes", "Use colors.", 0, 0},
+    {"stop", 0, OPTION_LIST, "TEXT", NULL, "Where to stop.", 0, 0},
     {"offset", 0, OPTION_INT, "N", NULL, "Any whole number.", 0, 0},
     {NULL, 0, OPTION_FLAG, NULL, NULL, NULL, 0, 0},
 };
@@ -26,7 +27,7 @@ static char path[64];
 static void set_up(void)
 {
     static const char *const variables[] = {"STRATA_WORKERS", "STRATA_MAX_SEQUENCES", "STRATA_LISTEN",
-                                            "STRATA_CONFIG"};
+                                            "STRATA_STOP", "STRATA_CONFIG"};
     for (size_t i = 0; i < sizeof(variables) / sizeof(variables[0]); i++)
         unsetenv(variables[i]);
     config = NULL;
@@ -301,6 +302,29 @@ START_TEST(reads_other_variables)
 }
 END_TEST
 
+START_TEST(collects_lists)
+{
+    accept("--stop", "one");
+    ck_assert_uint_eq(config_list_count(config, "stop"), 1);
+    accept("--stop", "one", "--stop=two, three", "--stop=");
+    ck_assert_uint_eq(config_list_count(config, "stop"), 3);
+    ck_assert_str_eq(config_list(config, "stop", 0), "one");
+    ck_assert_str_eq(config_list(config, "stop", 1), "two, three");
+    ck_assert_str_eq(config_list(config, "stop", 2), "");
+    ck_assert_ptr_null(config_list(config, "stop", 3));
+    setenv("STRATA_STOP", "weaker", 1);
+    accept("--stop", "stronger");
+    ck_assert_uint_eq(config_list_count(config, "stop"), 1);
+    ck_assert_str_eq(config_list(config, "stop", 0), "stronger");
+    accept("word");
+    ck_assert_uint_eq(config_list_count(config, "stop"), 1);
+    ck_assert_str_eq(config_list(config, "stop", 0), "weaker");
+    unsetenv("STRATA_STOP");
+    accept("word");
+    ck_assert_uint_eq(config_list_count(config, "stop"), 0);
+}
+END_TEST
+
 Suite *make_suite(void)
 {
     Suite *suite = suite_create("config");
@@ -308,6 +332,7 @@ Suite *make_suite(void)
     tcase_add_checked_fixture(all, set_up, tear_down);
     tcase_add_test(all, gives_defaults);
     tcase_add_test(all, reads_every_form);
+    tcase_add_test(all, collects_lists);
     tcase_add_test(all, separates_positionals);
     tcase_add_test(all, reads_byte_counts);
     tcase_add_test(all, refuses_bad_words);
