@@ -2,11 +2,12 @@
 // each of its choices. Owned by the scheduler from submission to its last event; never touched by gRPC
 // threads.
 //
-//         submit           admit_next                 plan_chunk (the last)              choice_end (the last)
-//   (new) -------> WAITING -----------> PREFILL ---------------------------> RUNNING -------------------> DONE
-//                     |   slots and pages  |      choices decode, or the last      entry_end: cancel,        ^
-//                     |   are set aside    |      scores are awaited               deadline, pool lost       |
-//                     +--------------------+-----------------------------------------------------------------+
+//         submit           admit_next            plan_chunk, of the last            the last choice ends
+//   (new) -------> WAITING -----------> PREFILL ---------------------------> RUNNING ------------------->
+//   DONE
+//                     |    slots, pages    |         its choices decode, or its                            ^
+//                     |    set aside       |         scores are awaited                                    |
+//                     +--------------------+-- scheduler_end_entry: cancel, deadline, pool lost -----------+
 #ifndef STRATA_REQUEST_H
 #define STRATA_REQUEST_H
 
