@@ -2,6 +2,10 @@
 // this order: logit bias, repetition penalty (prompt and output), presence and frequency penalties (output),
 // temperature, top-k, top-p, min-p, draw. Equal logits go to the lowest id. Reported logprobs are of the
 // model's own distribution.
+//
+// Each truncation keeps a prefix of the tokens in order of falling probability, of what the one before kept:
+// top-p the shortest whose probabilities reach it, min-p those at least that fraction of the likeliest. The
+// draw goes through what is left in order of id, to where the sum of probabilities passes the random number.
 #ifndef STRATA_SAMPLING_H
 #define STRATA_SAMPLING_H
 

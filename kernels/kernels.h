@@ -122,7 +122,8 @@ struct sample_row {
     bool logprob;       // wanted
     uint32_t top;       // alternatives wanted
     uint32_t out_first; // samples go to out_tokens[out_first + draw]
-    uint32_t top_first; // the first of `top` alternatives in out_tops; the same for all draws
+    uint32_t top_first; // the first of `top` alternatives in out_tops; the same for all draws. Where fewer
+                        // tokens have any probability, the rest is {-1, -INFINITY}
 };
 
 struct score_row { // a prompt logprob
@@ -180,7 +181,8 @@ struct kernel_ops {
     void (*ffn_activate)(struct device *, struct activation *out, const float *gate, const float *up,
                          uint32_t stride, uint32_t rows);
 
-    // Sampling. logits [.][vocab] [device], not changed.
+    // Sampling. logits [.][vocab] [device], not changed. NaN counts as -INFINITY. A slot is in one row of a
+    // call.
     int (*sampler_new)(struct sampler **out, struct device *, uint32_t n_slots, uint32_t vocab,
                        struct error *error);
     void (*sampler_free)(struct device *, struct sampler *);

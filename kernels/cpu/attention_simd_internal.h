@@ -15,7 +15,7 @@
 
 #include "kernels/cpu/attention_internal.h"
 
-enum { MOST_ROWS = 6 };
+enum { MOST_ROWS = 6, AHEAD_BYTES = 2048 /* how far ahead memory is asked for */ };
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
@@ -35,6 +35,13 @@ ALWAYS_INLINE void multiply_tile(float *const *out, const float *const *a, const
         for (uint32_t v = 0; v < count; v++)
             sum[i][v] = accumulate ? v_load(out[i] + column + v * V_WIDTH) : v_set(0);
     for (uint32_t k = first; k < end; k++) {
+        if (!wide) { // a page is read once or twice, and the next 4 KB are nobody's guess
+            const char *ahead =
+                (const char *)b + ((size_t)k * stride + column) * sizeof(uint16_t) + AHEAD_BYTES;
+            __builtin_prefetch(ahead);
+            if (count * V_WIDTH > 32)
+                __builtin_prefetch(ahead + 64);
+        }
         for (uint32_t v = 0; v < count; v++)
             factor[v] = load_b(b, (size_t)k * stride + column + v * V_WIDTH, wide);
         for (uint32_t i = 0; i < rows; i++) {

@@ -11,7 +11,12 @@
 #include "kernels/cpu/cpu_internal.h"
 #include "kernels/cpu/sampler_draw_internal.h"
 
-enum { KEY_DIGITS = 3, MOST_BINS = 2048 };
+enum {
+    KEY_DIGITS = 3,
+    MOST_BINS = 2048,
+    ENOUGH_CANDIDATES = 512, // from here on looking at each is as fast as looking for fewer
+    LOWEST = -87             // offsets below have weight 0
+};
 static const struct {
     uint32_t shift, bins;
 } DIGITS[KEY_DIGITS] = {{20, 2048}, {10, 1024}, {0, 1024}}; // 31 bits
@@ -77,20 +82,49 @@ static uint32_t keep_above(const struct vocab_scan *scan, const struct draw_spac
     return n;
 }
 
-// Candidates: a superset of what the truncations keep, as small as a few tries find it.
+// The offset at or above which lie `limit` tokens or `target` mass, and not many more: first by doubling,
+// then by halving what is between. LOWEST when there are not that many: below it, weights are 0.
+static float find_least(const struct vocab_scan *scan, const struct draw_space *space, uint32_t vocab,
+                        uint32_t limit, double target)
+{
+    float high = 0, low = -1; // too few at or above `high` (itself aside), enough at or above `low`
+    uint32_t count_high = 0, count_low;
+    double mass;
+    while ((count_low = scan->above(space->offsets, space->weights, vocab, space->block_tops, low, &mass)) <
+               limit &&
+           mass < target) {
+        if (low <= LOWEST)
+            return LOWEST;
+        high = low;
+        count_high = count_low;
+        low = 2 * low > LOWEST ? 2 * low : LOWEST;
+    }
+    for (int halvings = 0; halvings < 12 && count_low - count_high > ENOUGH_CANDIDATES; halvings++) {
+        float middle = (high + low) / 2;
+        uint32_t count = scan->above(space->offsets, space->weights, vocab, space->block_tops, middle, &mass);
+        if (count >= limit || mass >= target) {
+            low = middle;
+            count_low = count;
+        } else {
+            high = middle;
+            count_high = count;
+        }
+    }
+    return low;
+}
+
+// A superset of what the truncations keep.
 static uint32_t keep_candidates(const struct vocab_scan *scan, const struct draw_space *space, uint32_t vocab,
                                 const struct sampling_params *params, double total)
 {
-    static const float LEAST[] = {-2, -6, -18, -87};
-    uint32_t n = 0;
-    for (size_t i = 0; i < sizeof LEAST / sizeof *LEAST; i++) {
-        n = keep_above(scan, space, vocab, LEAST[i]);
-        if (params->top_k ? n >= params->top_k
-                          : (params->top_p < 1 && kept_mass(space, n) >= params->top_p * total) ||
-                                expf(LEAST[i]) * 1.001f < params->min_p)
-            break;
-    }
-    return n;
+    float least = LOWEST;
+    if (params->top_k)
+        least = find_least(scan, space, vocab, params->top_k, INFINITY);
+    else if (params->top_p < 1)
+        least = find_least(scan, space, vocab, UINT32_MAX, params->top_p * total);
+    else if (params->min_p > 0)
+        least = logf(params->min_p < 1 ? params->min_p : 1) - 0.001f; // a little more than enough
+    return keep_above(scan, space, vocab, least > LOWEST ? least : LOWEST);
 }
 
 // Walks the bins in order until `limit` tokens or `target` mass are reached; *count and *mass become what

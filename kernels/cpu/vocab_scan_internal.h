@@ -25,6 +25,9 @@ struct vocab_scan {
     // VOCAB_BLOCK the sum of weights and the largest offset. Both arrays are padded to whole blocks.
     void (*weigh)(const float *x, uint32_t n, float max, float inverse_temperature, float *offsets,
                   float *weights, double *block_sums, float *block_tops);
+    // How many offsets are >= least, and in *mass the sum of their weights; arrays and `tops` as from weigh.
+    uint32_t (*above)(const float *offsets, const float *weights, uint32_t n, const float *block_tops,
+                      float least, double *mass);
     // The indices of the elements >= least, ascending; `tops` as from weigh. Returns how many.
     uint32_t (*gather)(const float *offsets, uint32_t n, const float *block_tops, float least, int32_t *ids);
     // The `count` largest finite elements with their indices, largest first, equal ones by index. Returns how
@@ -198,6 +201,32 @@ static void scan_weigh(const float *x, uint32_t n, float max, float inverse_temp
     }
 }
 
+// The padding has weight 0 and an offset of -infinity, which no `least` of ours reaches.
+static uint32_t scan_above(const float *offsets, const float *weights, uint32_t n, const float *block_tops,
+                           float least, double *mass)
+{
+    uint32_t count = 0;
+    *mass = 0;
+    for (uint32_t first = 0; first < n; first += VOCAB_BLOCK) {
+        if (!(block_tops[first / VOCAB_BLOCK] >= least))
+            continue;
+        scan_floats lanes[SCAN_VECTORS] = {0}, offset, weight, zero = {0};
+        scan_ints counts = {0};
+        for (int at = 0; at < VOCAB_BLOCK; at += SCAN_WIDTH) {
+            scan_load(&offset, offsets + first + at);
+            scan_load(&weight, weights + first + at);
+            scan_ints over = offset >= least; // -1 where true
+            scan_select(&weight, &over, &zero);
+            lanes[at / SCAN_WIDTH % SCAN_VECTORS] += weight;
+            counts -= over;
+        }
+        *mass += scan_lane_sum(lanes);
+        for (int i = 0; i < SCAN_WIDTH; i++)
+            count += (uint32_t)counts[i];
+    }
+    return count;
+}
+
 static uint32_t scan_gather(const float *offsets, uint32_t n, const float *block_tops, float least,
                             int32_t *ids)
 {
@@ -242,6 +271,7 @@ const struct vocab_scan VOCAB_SCAN_LEVEL = {.argmax = scan_argmax,
                                             .max = scan_max,
                                             .exp_sum = scan_exp_sum,
                                             .weigh = scan_weigh,
+                                            .above = scan_above,
                                             .gather = scan_gather,
                                             .top = scan_top};
 
