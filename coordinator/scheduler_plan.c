@@ -26,8 +26,8 @@
 //
 // Prompts fill what the decodes leave of the step's budget, oldest first, in chunks, several of them in one
 // step if they fit. A chunk needs no result of the one before, so chunks of one prompt follow each other
-// through the stages. Cuts fall on page boundaries where they can. While a prompt wants to be read, decodes
-// leave a quarter of the budget to it, so that neither starves the other.
+// through the stages. Cuts fall on page boundaries where that costs less than half of the chunk. While a
+// prompt wants to be read, decodes leave a quarter of the budget to it, so that neither starves the other.
 //
 // A row that draws spends one output credit of its request for each draw when it is planned. Without credit a
 // sequence leaves the ring for its request's stalled list and comes back with the credit, and a prompt is
@@ -252,7 +252,7 @@ static uint32_t chunk_size(const struct build *b, const struct entry *entry, uin
     if (chunk == left && entry->credit < draws)
         chunk--; // the last position draws, and the stream has no room for that yet
     uint32_t cut = (done + chunk) / KV_PAGE_POSITIONS * KV_PAGE_POSITIONS;
-    return chunk < left && cut > done ? cut - done : chunk;
+    return chunk < left && cut > done && cut - done >= chunk / 2 ? cut - done : chunk;
 }
 
 static enum outcome plan_chunk(struct build *b, struct entry *entry, int64_t now_us)

@@ -134,6 +134,7 @@ struct pool_model {
     struct step_plan plans[MODEL_HISTORY]; // by number
     uint64_t queued;                       // plans received
     uint64_t resulted;                     // results taken
+    uint64_t waits_for[MAX_SLOTS];         // no row of the slot may be planned before so many results
     struct model_samples samples[MODEL_HISTORY];
     struct step_result results[MODEL_HISTORY];
 };
@@ -179,6 +180,22 @@ static inline void pool_model_free(struct pool_model *pool)
     free(pool);
 }
 
+// A row that must wait is the last of its sequence until its result is there; several draws have to wait.
+static inline void model_check_waiting(struct pool_model *pool, const struct step_plan *plan)
+{
+    for (uint32_t i = 0; i < plan->n_commands; i++) {
+        if (plan->commands[i].kind == STEP_CLOSE)
+            pool->waits_for[plan->commands[i].slot] = 0;
+    }
+    for (uint32_t i = 0; i < plan->n_rows; i++) {
+        const struct step_row *row = &plan->rows[i];
+        MODEL_REQUIRE(pool->resulted >= pool->waits_for[row->slot],
+                      "slot %u ran ahead of a row that must wait", row->slot);
+        MODEL_REQUIRE(row->draws <= 1 || row->must_wait, "several draws that need not wait");
+        pool->waits_for[row->slot] = row->must_wait ? plan->number + 1 : 0;
+    }
+}
+
 // The plan arrives: checked as a worker checks it, and kept.
 static inline void pool_model_push(struct pool_model *pool, const struct step_plan *plan)
 {
@@ -188,6 +205,7 @@ static inline void pool_model_push(struct pool_model *pool, const struct step_pl
     MODEL_REQUIRE(pool->queued - pool->resulted <= pool->n_stages, "more than stages + 1 steps in flight");
     MODEL_REQUIRE(step_plan_validate(plan, &pool->bounds, &error) == STATUS_OK, "%s", error.text);
     MODEL_REQUIRE(plan->n_rows > 0, "a step without rows");
+    model_check_waiting(pool, plan);
     struct step_plan *copy = &pool->plans[pool->queued++ % MODEL_HISTORY];
     step_plan_clear(copy);
     copy->epoch = plan->epoch;

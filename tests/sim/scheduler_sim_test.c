@@ -11,7 +11,7 @@
 
 #include <stdio.h>
 
-enum { SEEDS = 60, RUNS_PER_TEST = 50, MAX_CLIENTS = 40, SIM_CHOICES = 5, SIM_SLOTS = 16 };
+enum { SEEDS = 40, RUNS_PER_TEST = 50, MAX_CLIENTS = 40, SIM_CHOICES = 5, SIM_SLOTS = 16 };
 
 struct expected {
     int32_t *tokens;
