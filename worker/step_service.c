@@ -1,0 +1,615 @@
+// The device's thread. It owns the device, the weights, the executor and the links; `mutex` guards what others
+// touch: which epoch is wanted, the links (so that an abort can wake a sleeping executor), the free plans and
+// the numbers of heartbeats. An epoch that is no longer wanted ends quietly: whoever ended it knows.
+#include "worker/step_service.h"
+
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "common/clock.h"
+#include "common/log.h"
+#include "common/queue.h"
+#include "worker/executor.h"
+#include "worker/weight_cache.h"
+#include "worker/weight_file.h"
+
+enum {
+    PLANS = 2 * MAX_STAGES + 8, // steps queued; the coordinator keeps stages + 1 in flight
+    JOBS = PLANS + 32,
+    PROGRESS_US = 100000, // between two reports of a load
+    ADDRESS_BYTES = 128,
+};
+
+enum job_kind { JOB_ASSIGN, JOB_CONNECT, JOB_STEP, JOB_TIDY };
+
+struct assignment {
+    uint32_t stage, n_stages, first_layer, n_layers, n_slots, n_pages, context, max_positions, level;
+};
+struct job {
+    enum job_kind kind;
+    uint64_t epoch;
+    struct assignment assignment;   // ASSIGN
+    char next_address[ADDRESS_BYTES]; // CONNECT
+    struct step_plan *plan;         // STEP
+};
+
+struct step_service {
+    struct step_service_options options;
+    struct queue *jobs;
+    pthread_t thread;
+    bool started;
+    pthread_mutex_t mutex;
+    pthread_cond_t idle;
+    // Under the mutex.
+    uint64_t wanted_epoch; // 0: none
+    int cancel;            // 1: what the thread is doing is not wanted (also read without the mutex)
+    uint64_t jobs_queued, jobs_done;
+    struct link *to_next, *from_previous;
+    struct step_plan *free_plans[PLANS];
+    uint32_t n_free;
+    uint64_t epoch, steps_done, compute_us, wait_us, memory_free;
+    char description[160];
+    uint32_t level;
+    struct error fault;
+    // The device's thread.
+    struct device *device;
+    struct weight_cache *weights;
+    struct weight_list list;
+    struct executor *executor;
+    uint64_t executor_epoch, held_bytes; // KV pages and workspace
+    struct assignment assignment;
+    struct step_result result;
+    int64_t progress_us;
+    struct step_plan plans[PLANS];
+};
+
+// --- small things under the mutex ---
+
+static bool is_wanted(struct step_service *service, uint64_t epoch)
+{
+    pthread_mutex_lock(&service->mutex);
+    bool wanted = epoch != 0 && service->wanted_epoch == epoch;
+    pthread_mutex_unlock(&service->mutex);
+    return wanted;
+}
+
+// Before long work for `epoch`: clears the signs of an earlier abort. False: this one is over too.
+static bool begin(struct step_service *service, uint64_t epoch)
+{
+    pthread_mutex_lock(&service->mutex);
+    bool wanted = service->wanted_epoch == epoch;
+    if (wanted)
+        __atomic_store_n(&service->cancel, 0, __ATOMIC_RELEASE);
+    pthread_mutex_unlock(&service->mutex);
+    return wanted;
+}
+
+static void note_memory(struct step_service *service)
+{
+    uint64_t held = service->held_bytes + (service->weights ? weight_cache_bytes(service->weights) : 0);
+    uint64_t memory = service->device ? device_memory_free(service->device) + held : 0;
+    if (service->options.memory && service->options.memory < memory)
+        memory = service->options.memory;
+    pthread_mutex_lock(&service->mutex);
+    service->memory_free = memory;
+    pthread_mutex_unlock(&service->mutex);
+}
+
+static void say(struct step_service *service, const struct wire_worker_message *message)
+{
+    service->options.say(service->options.context, message);
+}
+
+// --- the device ---
+
+static int open_device(struct step_service *service, uint32_t level, struct error *error)
+{
+    struct device_options options = service->options.device;
+    if (level)
+        options.level = level;
+    int status = device_open(&service->device, &options, error);
+    if (status)
+        return status;
+    status = weight_cache_new(&service->weights, service->device);
+    if (status)
+        return error_set(error, status, "no memory for the weight cache");
+    weight_cache_set_file(service->weights, service->options.gguf);
+    pthread_mutex_lock(&service->mutex);
+    service->level = device_level(service->device);
+    snprintf(service->description, sizeof(service->description), "%s", device_describe(service->device));
+    pthread_mutex_unlock(&service->mutex);
+    return STATUS_OK;
+}
+
+static void close_device(struct step_service *service)
+{
+    weight_cache_free(service->weights);
+    service->weights = NULL;
+    if (service->device)
+        device_close(service->device);
+    service->device = NULL;
+}
+
+// Packed weights are of one level: another level means another device and a fresh load.
+static int change_level(struct step_service *service, uint32_t level, struct error *error)
+{
+    if (service->device && (level == 0 || level == device_level(service->device)))
+        return STATUS_OK;
+    log_info("running at level %s, as the pool agreed", device_level_name(level));
+    close_device(service);
+    int status = open_device(service, level, error);
+    if (!status && device_level(service->device) != level)
+        status = error_set(error, STATUS_UNSUPPORTED, "this machine runs at level %s, the pool at level %s",
+                           device_level_name(device_level(service->device)), device_level_name(level));
+    if (service->device)
+        return status;
+    pthread_mutex_lock(&service->mutex);
+    service->fault = *error;
+    pthread_mutex_unlock(&service->mutex);
+    return status;
+}
+
+// --- the end of an epoch ---
+
+static void close_links(struct step_service *service)
+{
+    pthread_mutex_lock(&service->mutex);
+    struct link *next = service->to_next, *previous = service->from_previous;
+    service->to_next = service->from_previous = NULL;
+    pthread_mutex_unlock(&service->mutex);
+    if (next)
+        next->ops->close(next);
+    if (previous)
+        previous->ops->close(previous);
+}
+
+static void end_epoch(struct step_service *service)
+{
+    close_links(service);
+    executor_free(service->executor);
+    service->executor = NULL;
+    service->executor_epoch = 0;
+    service->held_bytes = 0;
+}
+
+// Reports what went wrong and ends the epoch; silently when the epoch was given up already.
+static void fail(struct step_service *service, const struct job *job, const struct error *error)
+{
+    bool wanted;
+    pthread_mutex_lock(&service->mutex);
+    wanted = service->wanted_epoch == job->epoch;
+    if (wanted)
+        service->wanted_epoch = 0;
+    pthread_mutex_unlock(&service->mutex);
+    end_epoch(service);
+    if (!wanted)
+        return;
+    struct wire_worker_message failed = {.kind = WIRE_FAILED,
+                                         .epoch = job->epoch,
+                                         .status = error->status,
+                                         .text = error->text,
+                                         .has_step = job->kind == JOB_STEP,
+                                         .step = job->kind == JOB_STEP ? job->plan->number : 0,
+                                         .peer_lost = job->kind == JOB_STEP &&
+                                                      error->status == STATUS_UNAVAILABLE};
+    log_warn("epoch %llu failed here: %s", (unsigned long long)job->epoch, error->text);
+    say(service, &failed);
+}
+
+// --- loading ---
+
+static int report_progress(void *context, uint64_t done, uint64_t total)
+{
+    struct step_service *service = context;
+    int64_t now = clock_now_us();
+    if (now - service->progress_us >= PROGRESS_US || done == total) {
+        service->progress_us = now;
+        struct wire_worker_message progress = {.kind = WIRE_PROGRESS,
+                                               .epoch = service->executor_epoch,
+                                               .done_bytes = done,
+                                               .total_bytes = total};
+        say(service, &progress);
+    }
+    return __atomic_load_n(&service->cancel, __ATOMIC_ACQUIRE);
+}
+
+static uint64_t memory_left(const struct step_service *service)
+{
+    uint64_t left = device_memory_free(service->device), budget = service->options.memory;
+    uint64_t cached = weight_cache_bytes(service->weights);
+    if (budget == 0)
+        return left;
+    budget = budget > cached ? budget - cached : 0;
+    return budget < left ? budget : left;
+}
+
+static int check_assignment(const struct step_service *service, const struct assignment *a,
+                            struct error *error)
+{
+    if (a->n_stages == 0 || a->n_stages > MAX_STAGES || a->stage >= a->n_stages || a->n_slots == 0 ||
+        a->n_slots > MAX_SLOTS || a->n_pages == 0 || a->context == 0 || a->context > MAX_CONTEXT ||
+        a->max_positions == 0 || a->max_positions > MAX_STEP_TOKENS)
+        return error_set(error, STATUS_CORRUPT,
+                         "the assignment makes no sense: stage %u of %u, %u slots, %u pages, context %u, steps of %u",
+                         a->stage, a->n_stages, a->n_slots, a->n_pages, a->context, a->max_positions);
+    bool first = a->first_layer == 0, last = a->first_layer + a->n_layers == service->options.spec->n_layers;
+    if (first != (a->stage == 0) || last != (a->stage + 1 == a->n_stages))
+        return error_set(error, STATUS_CORRUPT, "stage %u of %u was given layers %u to %u of %u", a->stage,
+                         a->n_stages, a->first_layer, a->first_layer + a->n_layers - 1,
+                         service->options.spec->n_layers);
+    return STATUS_OK;
+}
+
+static struct executor_options executor_options_of(const struct step_service *service, uint64_t epoch)
+{
+    const struct assignment *a = &service->assignment;
+    return (struct executor_options){.device = service->device,
+                                     .spec = service->options.spec,
+                                     .list = &service->list,
+                                     .weights = service->weights,
+                                     .epoch = epoch,
+                                     .stage = a->stage,
+                                     .n_stages = a->n_stages,
+                                     .first_layer = a->first_layer,
+                                     .n_layers = a->n_layers,
+                                     .bounds = {.n_slots = a->n_slots,
+                                                .n_pages = a->n_pages,
+                                                .context = a->context,
+                                                .vocab_size = service->options.spec->vocab_size,
+                                                .max_positions = a->max_positions}};
+}
+
+static int load_weights(struct step_service *service, uint64_t other_bytes, struct weight_totals *totals,
+                        struct error *error)
+{
+    uint64_t dropped = weight_cache_drop(service->weights, &service->list);
+    if (dropped)
+        log_info("dropped %.1f MB of weights that other workers hold now", (double)dropped / 1e6);
+    struct weight_load load = {.memory_free = memory_left(service),
+                               .other_bytes = other_bytes,
+                               .progress = report_progress,
+                               .context = service};
+    return weight_cache_precache(service->weights, &service->list, &load, totals, error);
+}
+
+// Everything up to LOADED.
+static int load(struct step_service *service, const struct job *job, struct weight_totals *totals,
+                uint64_t *kv_bytes, struct error *error)
+{
+    const struct assignment *a = &job->assignment;
+    int status = check_assignment(service, a, error);
+    if (!status)
+        status = change_level(service, a->level, error);
+    weight_list_free(&service->list);
+    if (!status)
+        status = weight_list_make(&service->list, service->options.gguf, service->options.spec,
+                                  a->first_layer, a->n_layers, error);
+    if (status)
+        return status;
+    service->assignment = *a;
+    struct executor_options options = executor_options_of(service, job->epoch);
+    uint64_t workspace_bytes;
+    executor_plan_bytes(&options, kv_bytes, &workspace_bytes);
+    status = load_weights(service, *kv_bytes + workspace_bytes, totals, error);
+    if (!status)
+        status = executor_new(&service->executor, &options, error);
+    if (!status)
+        service->held_bytes = *kv_bytes + workspace_bytes;
+    return status;
+}
+
+static void run_assign(struct step_service *service, const struct job *job)
+{
+    end_epoch(service);
+    if (!begin(service, job->epoch))
+        return;
+    struct weight_totals totals = {0};
+    struct error error = {0};
+    uint64_t kv_bytes = 0;
+    int64_t start = clock_now_us();
+    service->executor_epoch = job->epoch;
+    service->progress_us = 0;
+    int status = load(service, job, &totals, &kv_bytes, &error);
+    note_memory(service);
+    if (status) {
+        fail(service, job, &error);
+        return;
+    }
+    pthread_mutex_lock(&service->mutex);
+    service->epoch = job->epoch;
+    service->steps_done = service->compute_us = service->wait_us = 0;
+    pthread_mutex_unlock(&service->mutex);
+    const struct assignment *a = &service->assignment;
+    log_info("stage %u of %u: layers %u to %u, %.1f MB of weights cached (%u loaded, %u kept), %.1f MB of KV",
+             a->stage, a->n_stages, a->first_layer, a->first_layer + a->n_layers - 1,
+             (double)totals.cached / 1e6, totals.n_loaded, totals.n_kept, (double)kv_bytes / 1e6);
+    struct wire_worker_message loaded = {.kind = WIRE_LOADED,
+                                         .epoch = job->epoch,
+                                         .weight_bytes = totals.cached,
+                                         .kv_bytes = kv_bytes,
+                                         .source_bytes = totals.source_bytes,
+                                         .load_us = (uint64_t)(clock_now_us() - start),
+                                         .n_weights = totals.n_loaded + totals.n_kept};
+    say(service, &loaded);
+}
+
+// --- linking and steps ---
+
+static int link_stage(struct step_service *service, const struct job *job, struct error *error)
+{
+    const struct assignment *a = &service->assignment;
+    struct link *next = NULL, *previous = NULL;
+    if (!service->executor || service->executor_epoch != job->epoch)
+        return error_set(error, STATUS_CORRUPT, "the links of epoch %llu come before its weights",
+                         (unsigned long long)job->epoch);
+    if (a->n_stages == 1)
+        return STATUS_OK;
+    int status =
+        link_socket_connect(&next, &previous, service->options.listener, job->next_address, job->epoch, a->stage,
+                            a->n_stages, service->options.link_timeout_us, &service->cancel, error);
+    if (status)
+        return status;
+    close_links(service);
+    pthread_mutex_lock(&service->mutex);
+    service->to_next = next;
+    service->from_previous = previous;
+    pthread_mutex_unlock(&service->mutex);
+    executor_set_links(service->executor, next, previous);
+    return STATUS_OK;
+}
+
+static void run_connect(struct step_service *service, const struct job *job)
+{
+    struct error error = {0};
+    if (link_stage(service, job, &error)) {
+        fail(service, job, &error);
+        return;
+    }
+    // An abort that came just before the links were known has not touched them.
+    if (!is_wanted(service, job->epoch)) {
+        end_epoch(service);
+        return;
+    }
+    struct wire_worker_message linked = {.kind = WIRE_LINKED, .epoch = job->epoch};
+    say(service, &linked);
+}
+
+static void run_step(struct step_service *service, const struct job *job)
+{
+    struct error error = {0};
+    int status;
+    if (service->executor)
+        status = executor_run(service->executor, job->plan, &service->result, &error);
+    else
+        status = error_set(&error, STATUS_CORRUPT, "a step came before its stage was loaded");
+    if (status == EXECUTOR_DROPPED)
+        return;
+    if (status) {
+        fail(service, job, &error);
+        return;
+    }
+    pthread_mutex_lock(&service->mutex);
+    service->steps_done++;
+    service->compute_us += service->result.compute_us;
+    service->wait_us += service->result.wait_us;
+    pthread_mutex_unlock(&service->mutex);
+    if (service->assignment.stage + 1 < service->assignment.n_stages)
+        return;
+    struct wire_worker_message result = {
+        .kind = WIRE_RESULT, .epoch = job->epoch, .result = &service->result};
+    say(service, &result);
+}
+
+static void run_job(struct step_service *service, const struct job *job)
+{
+    if (job->kind == JOB_TIDY || !is_wanted(service, job->epoch)) {
+        if (service->executor && !is_wanted(service, service->executor_epoch))
+            end_epoch(service);
+        if (job->kind == JOB_TIDY)
+            note_memory(service);
+    } else if (job->kind == JOB_ASSIGN) {
+        run_assign(service, job);
+    } else if (job->kind == JOB_CONNECT) {
+        run_connect(service, job);
+    } else {
+        run_step(service, job);
+    }
+    if (job->plan)
+        step_service_return(service, job->plan);
+}
+
+static void *run_jobs(void *argument)
+{
+    struct step_service *service = argument;
+    struct job job;
+    while (queue_pop(service->jobs, &job, -1) == STATUS_OK) {
+        run_job(service, &job);
+        pthread_mutex_lock(&service->mutex);
+        service->jobs_done++;
+        pthread_cond_broadcast(&service->idle);
+        pthread_mutex_unlock(&service->mutex);
+    }
+    return NULL;
+}
+
+// --- the other threads' side ---
+
+static int queue_job(struct step_service *service, const struct job *job)
+{
+    pthread_mutex_lock(&service->mutex);
+    int status = queue_try_push(service->jobs, job);
+    if (!status)
+        service->jobs_queued++;
+    pthread_mutex_unlock(&service->mutex);
+    return status;
+}
+
+int step_service_new(struct step_service **out, const struct step_service_options *options,
+                     struct error *error)
+{
+    struct step_service *service = calloc(1, sizeof(*service));
+    if (!service)
+        return error_set(error, STATUS_NO_MEMORY, "no memory for the step service");
+    service->options = *options;
+    pthread_mutex_init(&service->mutex, NULL);
+    pthread_cond_init(&service->idle, NULL);
+    step_result_init(&service->result);
+    for (uint32_t i = 0; i < PLANS; i++) {
+        step_plan_init(&service->plans[i]);
+        service->free_plans[service->n_free++] = &service->plans[i];
+    }
+    int status = queue_new(&service->jobs, sizeof(struct job), JOBS);
+    if (status)
+        error_set(error, status, "no memory for the queue of steps");
+    else
+        status = open_device(service, options->device.level, error);
+    if (!status) {
+        note_memory(service);
+        service->started = pthread_create(&service->thread, NULL, run_jobs, service) == 0;
+        if (!service->started)
+            status = error_set(error, STATUS_IO, "cannot start the device's thread");
+    }
+    if (status) {
+        step_service_free(service);
+        return status;
+    }
+    *out = service;
+    return STATUS_OK;
+}
+
+void step_service_free(struct step_service *service)
+{
+    if (!service)
+        return;
+    step_service_abort(service, 0);
+    if (service->jobs)
+        queue_close(service->jobs);
+    if (service->started)
+        pthread_join(service->thread, NULL);
+    end_epoch(service);
+    weight_list_free(&service->list);
+    close_device(service);
+    queue_free(service->jobs);
+    step_result_free(&service->result);
+    for (uint32_t i = 0; i < PLANS; i++)
+        step_plan_free(&service->plans[i]);
+    pthread_cond_destroy(&service->idle);
+    pthread_mutex_destroy(&service->mutex);
+    free(service);
+}
+
+int step_service_assign(struct step_service *service, const struct wire_coordinator_message *assign)
+{
+    step_service_abort(service, 0); // whatever there was is over
+    pthread_mutex_lock(&service->mutex);
+    service->wanted_epoch = assign->epoch;
+    pthread_mutex_unlock(&service->mutex);
+    struct job job = {.kind = JOB_ASSIGN,
+                      .epoch = assign->epoch,
+                      .assignment = {.stage = assign->stage,
+                                     .n_stages = assign->n_stages,
+                                     .first_layer = assign->first_layer,
+                                     .n_layers = assign->n_layers,
+                                     .n_slots = assign->n_slots,
+                                     .n_pages = assign->n_pages,
+                                     .context = assign->context,
+                                     .max_positions = assign->max_positions,
+                                     .level = assign->level}};
+    return queue_job(service, &job);
+}
+
+int step_service_connect(struct step_service *service, const struct wire_coordinator_message *connect)
+{
+    struct job job = {.kind = JOB_CONNECT, .epoch = connect->epoch};
+    snprintf(job.next_address, sizeof(job.next_address), "%s", connect->next_address);
+    return queue_job(service, &job);
+}
+
+struct step_plan *step_service_borrow(struct step_service *service)
+{
+    pthread_mutex_lock(&service->mutex);
+    struct step_plan *plan = service->n_free ? service->free_plans[--service->n_free] : NULL;
+    pthread_mutex_unlock(&service->mutex);
+    if (plan)
+        step_plan_clear(plan);
+    return plan;
+}
+
+void step_service_return(struct step_service *service, struct step_plan *plan)
+{
+    pthread_mutex_lock(&service->mutex);
+    service->free_plans[service->n_free++] = plan;
+    pthread_mutex_unlock(&service->mutex);
+}
+
+int step_service_step(struct step_service *service, struct step_plan *plan)
+{
+    struct job job = {.kind = JOB_STEP, .epoch = plan->epoch, .plan = plan};
+    int status = is_wanted(service, plan->epoch) ? queue_job(service, &job) : STATUS_UNAVAILABLE;
+    if (status)
+        step_service_return(service, plan);
+    return status == STATUS_UNAVAILABLE ? STATUS_OK : status; // of another epoch: dropped
+}
+
+void step_service_abort(struct step_service *service, uint64_t epoch)
+{
+    pthread_mutex_lock(&service->mutex);
+    bool meant = service->wanted_epoch != 0 && (epoch == 0 || service->wanted_epoch == epoch);
+    if (meant) {
+        service->wanted_epoch = 0;
+        __atomic_store_n(&service->cancel, 1, __ATOMIC_RELEASE);
+        if (service->to_next)
+            service->to_next->ops->abort(service->to_next);
+        if (service->from_previous)
+            service->from_previous->ops->abort(service->from_previous);
+    }
+    pthread_mutex_unlock(&service->mutex);
+    struct job tidy = {.kind = JOB_TIDY};
+    if (meant)
+        queue_job(service, &tidy); // a full queue tidies up by itself
+}
+
+void step_service_reset(struct step_service *service)
+{
+    step_service_abort(service, 0);
+    struct job tidy = {.kind = JOB_TIDY};
+    queue_job(service, &tidy);
+    pthread_mutex_lock(&service->mutex);
+    while (service->jobs_done < service->jobs_queued)
+        pthread_cond_wait(&service->idle, &service->mutex);
+    pthread_mutex_unlock(&service->mutex);
+}
+
+void step_service_describe(struct step_service *service, struct wire_worker_message *hello)
+{
+    pthread_mutex_lock(&service->mutex);
+    hello->backend = service->options.device.backend ? service->options.device.backend : "cpu";
+    hello->device = service->description;
+    hello->level = service->level;
+    hello->threads = service->options.device.threads;
+    hello->memory_free = service->memory_free;
+    pthread_mutex_unlock(&service->mutex);
+}
+
+void step_service_beat(struct step_service *service, struct wire_worker_message *beat)
+{
+    pthread_mutex_lock(&service->mutex);
+    beat->epoch = service->epoch;
+    beat->steps_done = service->steps_done;
+    beat->compute_us = service->compute_us;
+    beat->wait_us = service->wait_us;
+    beat->memory_free = service->memory_free;
+    pthread_mutex_unlock(&service->mutex);
+}
+
+int step_service_fault(struct step_service *service, struct error *error)
+{
+    pthread_mutex_lock(&service->mutex);
+    int status = service->fault.status;
+    if (status)
+        *error = service->fault;
+    pthread_mutex_unlock(&service->mutex);
+    return status;
+}
