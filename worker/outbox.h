@@ -15,8 +15,8 @@ typedef void outbox_beat(void *context, struct wire_worker_message *beat);
 int outbox_new(struct outbox **out, outbox_beat *beat, void *context, struct error *error);
 void outbox_free(struct outbox *outbox); // detached
 
-// From now on messages go to `stream`; until then, and after detaching, they are dropped. To detach, cancel the
-// stream first; afterwards the outbox no longer touches it.
+// From now on messages go to `stream`; until then, and after detaching, they are dropped. To detach, cancel
+// the stream first; afterwards the outbox no longer touches it.
 void outbox_attach(struct outbox *outbox, struct rpc_stream *stream);
 void outbox_detach(struct outbox *outbox);
 

@@ -1,6 +1,7 @@
-// The device's thread. It owns the device, the weights, the executor and the links; `mutex` guards what others
-// touch: which epoch is wanted, the links (so that an abort can wake a sleeping executor), the free plans and
-// the numbers of heartbeats. An epoch that is no longer wanted ends quietly: whoever ended it knows.
+// The device's thread. It owns the device, the weights, the executor and the links; `mutex` guards what
+// others touch: which epoch is wanted, the links (so that an abort can wake a sleeping executor), the free
+// plans and the numbers of heartbeats. An epoch that is no longer wanted ends quietly: whoever ended it
+// knows.
 #include "worker/step_service.h"
 
 #include <pthread.h>
@@ -30,9 +31,9 @@ struct assignment {
 struct job {
     enum job_kind kind;
     uint64_t epoch;
-    struct assignment assignment;   // ASSIGN
+    struct assignment assignment;     // ASSIGN
     char next_address[ADDRESS_BYTES]; // CONNECT
-    struct step_plan *plan;         // STEP
+    struct step_plan *plan;           // STEP
 };
 
 struct step_service {
@@ -192,8 +193,8 @@ static void fail(struct step_service *service, const struct job *job, const stru
                                          .text = error->text,
                                          .has_step = job->kind == JOB_STEP,
                                          .step = job->kind == JOB_STEP ? job->plan->number : 0,
-                                         .peer_lost = job->kind == JOB_STEP &&
-                                                      error->status == STATUS_UNAVAILABLE};
+                                         .peer_lost =
+                                             job->kind == JOB_STEP && error->status == STATUS_UNAVAILABLE};
     log_warn("epoch %llu failed here: %s", (unsigned long long)job->epoch, error->text);
     say(service, &failed);
 }
@@ -231,9 +232,10 @@ static int check_assignment(const struct step_service *service, const struct ass
     if (a->n_stages == 0 || a->n_stages > MAX_STAGES || a->stage >= a->n_stages || a->n_slots == 0 ||
         a->n_slots > MAX_SLOTS || a->n_pages == 0 || a->context == 0 || a->context > MAX_CONTEXT ||
         a->max_positions == 0 || a->max_positions > MAX_STEP_TOKENS)
-        return error_set(error, STATUS_CORRUPT,
-                         "the assignment makes no sense: stage %u of %u, %u slots, %u pages, context %u, steps of %u",
-                         a->stage, a->n_stages, a->n_slots, a->n_pages, a->context, a->max_positions);
+        return error_set(
+            error, STATUS_CORRUPT,
+            "the assignment makes no sense: stage %u of %u, %u slots, %u pages, context %u, steps of %u",
+            a->stage, a->n_stages, a->n_slots, a->n_pages, a->context, a->max_positions);
     bool first = a->first_layer == 0, last = a->first_layer + a->n_layers == service->options.spec->n_layers;
     if (first != (a->stage == 0) || last != (a->stage + 1 == a->n_stages))
         return error_set(error, STATUS_CORRUPT, "stage %u of %u was given layers %u to %u of %u", a->stage,
@@ -347,8 +349,8 @@ static int link_stage(struct step_service *service, const struct job *job, struc
     if (a->n_stages == 1)
         return STATUS_OK;
     int status =
-        link_socket_connect(&next, &previous, service->options.listener, job->next_address, job->epoch, a->stage,
-                            a->n_stages, service->options.link_timeout_us, &service->cancel, error);
+        link_socket_connect(&next, &previous, service->options.listener, job->next_address, job->epoch,
+                            a->stage, a->n_stages, service->options.link_timeout_us, &service->cancel, error);
     if (status)
         return status;
     close_links(service);

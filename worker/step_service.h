@@ -2,7 +2,8 @@
 // after the other, as the coordinator's messages ask. The caller's thread only queues; what there is to say
 // comes out through `say`. Weights outlive epochs; everything else belongs to one.
 //
-//   assign -> (load) LOADED -> connect -> LINKED -> steps -> RESULT...      FAILED ends the epoch at any point
+//   assign -> (load) LOADED -> connect -> LINKED -> steps -> RESULT...      FAILED ends the epoch at any
+//   point
 #ifndef STRATA_STEP_SERVICE_H
 #define STRATA_STEP_SERVICE_H
 

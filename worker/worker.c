@@ -1,6 +1,6 @@
 // The worker's life outside of its device: the connection to the coordinator. One thread runs worker_run and
-// receives; the outbox's thread sends; the device's thread (step_service) does the work. A lost connection ends
-// the epoch but not the weights: the worker dials again, with growing pauses.
+// receives; the outbox's thread sends; the device's thread (step_service) does the work. A lost connection
+// ends the epoch but not the weights: the worker dials again, with growing pauses.
 #include "worker/worker.h"
 
 #include <pthread.h>
@@ -24,7 +24,7 @@
 #include "worker/outbox.h"
 #include "worker/step_service.h"
 
-enum { PROTOCOL = 1, FIRST_PAUSE_US = 200000, LAST_PAUSE_US = 5000000, HOST_BYTES = 65, NAME_BYTES = 128 };
+enum { PROTOCOL = 1, FIRST_PAUSE_US = 200000, LAST_PAUSE_US = 2000000, HOST_BYTES = 65, NAME_BYTES = 128 };
 
 struct worker {
     struct worker_options options;
@@ -349,8 +349,8 @@ int worker_run(struct worker *worker, struct error *error)
         if (worker->options.connect_timeout_us > 0 &&
             clock_now_us() - since > worker->options.connect_timeout_us)
             return error_set(error, STATUS_DEADLINE, "no coordinator at %s for %.1f s: %s",
-                             worker->options.coordinator,
-                             (double)worker->options.connect_timeout_us / 1e6, ended.text);
+                             worker->options.coordinator, (double)worker->options.connect_timeout_us / 1e6,
+                             ended.text);
         pause_for(worker, pause);
         pause = 2 * pause < LAST_PAUSE_US ? 2 * pause : LAST_PAUSE_US;
     }

@@ -27,8 +27,8 @@ struct worker_options {
 int worker_new(struct worker **out, const struct worker_options *options, struct error *error);
 void worker_free(struct worker *worker);
 
-// Returns STATUS_OK after worker_stop; otherwise the reason not to go on: STATUS_CANCELLED when the coordinator
-// sent us away for good (with its sentence), STATUS_DEADLINE when none was found in time.
+// Returns STATUS_OK after worker_stop; otherwise the reason not to go on: STATUS_CANCELLED when the
+// coordinator sent us away for good (with its sentence), STATUS_DEADLINE when none was found in time.
 int worker_run(struct worker *worker, struct error *error);
 void worker_stop(struct worker *worker); // any thread
 
