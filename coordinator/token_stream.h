@@ -21,11 +21,14 @@ struct token_stream_options {
     bool special;        // control tokens come out as their text
 };
 
+// STATUS_INVALID: a stop string is empty, over MAX_STOP_BYTES or not UTF-8, or there are too many;
+// STATUS_UNSUPPORTED: stop strings without text.
 int token_stream_new(struct token_stream **out, const struct token_stream_options *options);
 void token_stream_free(struct token_stream *stream);
 
 // One more token. Returns 1 when a stop string is complete (push nothing after that), 0 otherwise, or a
-// negative status.
+// negative status. Of several stop strings the one that completes first counts, the longest of those that
+// complete together; text behind it in the same token is cut with it.
 int token_stream_push(struct token_stream *stream, int32_t id);
 // No more tokens: what was held back is released (an unfinished character as U+FFFD; nothing of a matched
 // stop).
@@ -39,8 +42,8 @@ struct token_delta { // points into the stream until the next push or take
 };
 // What is ready since the last take; false when nothing is.
 bool token_stream_take(struct token_stream *stream, struct token_delta *delta);
-// After a match: which stop string, and how many pushed ids will never be released because their text lies
-// wholly in it.
+// After a match: which stop string, and how many pushed ids will never be released because all of their text
+// was cut. An id whose text began before the stop string is released, with that part of its text.
 const char *token_stream_matched(const struct token_stream *stream, uint32_t *n_dropped); // NULL = none
 
 #endif
