@@ -53,24 +53,41 @@ static void rows_rotate(float *x, const float *restrict cosines, const float *re
     }
 }
 
-// Values beyond the range of halves become its largest: an infinity would make NaNs of the weights that are
-// 0.
-static inline uint16_t rows_round(float x)
+enum { ROUND_AT_ONCE = 16 };
+
+// Up to 16 halves. Values beyond their range become the largest of them: an infinity would make NaNs of the
+// weights that are 0.
+static inline void rows_round(uint16_t *out, const float *x, uint32_t count)
 {
-    x = x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x;
-    return cpu_f32_to_f16(x);
+#ifdef __F16C__
+    if (count == ROUND_AT_ONCE) {
+        __m256 most = _mm256_set1_ps(65504.0f), least = _mm256_set1_ps(-65504.0f);
+        for (uint32_t i = 0; i < ROUND_AT_ONCE; i += 8) { // min and max give their second operand for a NaN
+            __m256 bounded = _mm256_max_ps(least, _mm256_min_ps(most, _mm256_loadu_ps(x + i)));
+            _mm_storeu_si128((__m128i *)(out + i), _mm256_cvtps_ph(bounded, _MM_FROUND_TO_NEAREST_INT));
+        }
+        return;
+    }
+#endif
+    for (uint32_t i = 0; i < count; i++)
+        out[i] = cpu_f32_to_f16(x[i] > 65504.0f ? 65504.0f : x[i] < -65504.0f ? -65504.0f : x[i]);
 }
 
 static void rows_store_key(uint16_t *keys, const float *x, uint32_t size)
 {
-    for (uint32_t i = 0; i < size; i++)
-        keys[(size_t)i * KV_PAGE_POSITIONS] = rows_round(x[i]);
+    uint16_t halves[ROUND_AT_ONCE];
+    for (uint32_t first = 0; first < size; first += ROUND_AT_ONCE) {
+        uint32_t count = size - first < ROUND_AT_ONCE ? size - first : ROUND_AT_ONCE;
+        rows_round(halves, x + first, count);
+        for (uint32_t i = 0; i < count; i++)
+            keys[(size_t)(first + i) * KV_PAGE_POSITIONS] = halves[i];
+    }
 }
 
 static void rows_store_value(uint16_t *values, const float *x, uint32_t size)
 {
-    for (uint32_t i = 0; i < size; i++)
-        values[i] = rows_round(x[i]);
+    for (uint32_t first = 0; first < size; first += ROUND_AT_ONCE)
+        rows_round(values + first, x + first, size - first < ROUND_AT_ONCE ? size - first : ROUND_AT_ONCE);
 }
 
 const struct kv_rows KV_ROWS_LEVEL = {.normalize = rows_normalize,
