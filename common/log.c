@@ -2,6 +2,7 @@
 // start.
 #include "common/log.h"
 
+#include <errno.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
@@ -10,6 +11,7 @@
 
 #include "common/clock.h"
 #include "common/status.h"
+#include "common/utf8.h"
 
 static char log_who[64] = "strata";
 static enum log_level log_least = LOG_INFO;
@@ -39,21 +41,25 @@ int log_level_parse(const char *text, enum log_level *out)
     return STATUS_INVALID;
 }
 
-// Escapes for JSON, or only control bytes for plain lines (no forged lines from request text).
-static size_t escape(char *to, size_t capacity, const char *from)
+// What a text may hold that a line may not: control characters (no forged lines, no terminal codes from a
+// request's text), ill-formed UTF-8, and in JSON quotes and backslashes. Cut at a character's end.
+static void escape(char *to, size_t capacity, const char *from)
 {
-    size_t used = 0;
-    for (; *from && used + 7 < capacity; from++) {
+    size_t used = 0, left = strlen(from), taken;
+    for (; left && used + 7 < capacity; from += taken, left -= taken) {
+        enum utf8_kind kind = utf8_scan(from, left, &taken);
         unsigned char c = (unsigned char)*from;
-        if (c < 0x20 || c == 0x7F)
-            used += (size_t)snprintf(to + used, capacity - used, log_json ? "\\u%04x" : "\\x%02x", c);
-        else if (log_json && (c == '"' || c == '\\'))
-            used += (size_t)snprintf(to + used, capacity - used, "\\%c", c);
+        if (kind != UTF8_WHOLE)
+            used += (size_t)sprintf(to + used, UTF8_REPLACEMENT);
+        else if (c < 0x20 || c == 0x7F)
+            used += (size_t)sprintf(to + used, log_json ? "\\u%04x" : "\\x%02x", c);
+        else if (c == 0xC2 && (unsigned char)from[1] < 0xA0)
+            used += (size_t)sprintf(to + used, "\\u%04x", (unsigned char)from[1]);
         else
-            to[used++] = (char)c;
+            used += (size_t)sprintf(to + used, "%s%.*s", log_json && (c == '"' || c == '\\') ? "\\" : "",
+                                    (int)taken, from);
     }
     to[used] = '\0';
-    return used;
 }
 
 void log_write(enum log_level level, const char *format, ...)
@@ -61,12 +67,14 @@ void log_write(enum log_level level, const char *format, ...)
     static const char *const names[] = {"DEBUG", "INFO", "WARN", "ERROR"};
     if (level < log_least)
         return;
-    char text[1024], escaped[2048], line[2304], stamp[32];
+    int saved = errno; // a caller may log before it looks
+    char text[1024], escaped[2048], who[128], line[2304], stamp[32];
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(text, sizeof(text), format, arguments);
     va_end(arguments);
     escape(escaped, sizeof(escaped), text);
+    escape(who, sizeof(who), log_who);
     int64_t now = clock_wall_us();
     time_t seconds = (time_t)(now / 1000000);
     struct tm utc;
@@ -75,7 +83,9 @@ void log_write(enum log_level level, const char *format, ...)
     const char *shape = log_json ? "{\"time\":\"%s.%03dZ\",\"level\":\"%s\",\"who\":\"%s\",\"text\":\"%s\"}\n"
                                  : "%s.%03dZ %s %s: %s\n";
     int length =
-        snprintf(line, sizeof(line), shape, stamp, (int)(now / 1000 % 1000), names[level], log_who, escaped);
-    if (length > 0 && write(STDERR_FILENO, line, (size_t)length) < 0)
-        return; // nowhere left to say it
+        snprintf(line, sizeof(line), shape, stamp, (int)(now / 1000 % 1000), names[level], who, escaped);
+    // A line that cannot be written has nowhere else to go.
+    ssize_t written = length > 0 ? write(STDERR_FILENO, line, (size_t)length) : 0;
+    (void)written;
+    errno = saved;
 }

@@ -20,7 +20,11 @@ struct queue {
 
 int queue_new(struct queue **out, size_t record_bytes, size_t capacity)
 {
-    struct queue *queue = calloc(1, sizeof(*queue) + record_bytes * capacity);
+    size_t bytes;
+    if (capacity == 0 || __builtin_mul_overflow(record_bytes, capacity, &bytes) ||
+        __builtin_add_overflow(bytes, sizeof(struct queue), &bytes))
+        return STATUS_INVALID;
+    struct queue *queue = calloc(1, bytes);
     if (!queue)
         return STATUS_NO_MEMORY;
     pthread_condattr_t monotonic;

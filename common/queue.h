@@ -8,6 +8,7 @@
 
 struct queue;
 
+// `capacity` of at least 1.
 int queue_new(struct queue **out, size_t record_bytes, size_t capacity);
 void queue_free(struct queue *queue);
 int queue_try_push(struct queue *queue,

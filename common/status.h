@@ -32,7 +32,8 @@ struct error {
 // error_set(...)`. Text that does not fit is cut at a UTF-8 boundary.
 int error_set(struct error *error, int status, const char *format, ...) __attribute__((format(printf, 3, 4)));
 
-// Puts "prefix: " before the text of an error that is set. Returns error->status.
+// Puts "prefix: " before the text of an error that is set. Returns error->status;
+// STATUS_INTERNAL for NULL, so a caller that may pass NULL returns its own copy of the status.
 int error_wrap(struct error *error, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
 // "invalid argument", "not found", ...: never NULL.
