@@ -74,8 +74,9 @@ static int open_parts(struct worker *worker, struct error *error)
     const struct worker_options *options = &worker->options;
     char bound[LINK_ADDRESS_BYTES];
     int status = gguf_open(&worker->gguf, options->model, error);
-    if (!status)
-        status = model_spec_read(&worker->spec, worker->gguf, error);
+    if (status)
+        return status;
+    status = model_spec_read(&worker->spec, worker->gguf, error);
     if (status) {
         error_wrap(error, "%s", options->model);
         return status;
