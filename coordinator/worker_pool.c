@@ -99,8 +99,7 @@ void worker_pool_free(struct worker_pool *pool)
     free(pool);
 }
 
-// --- the end of an epoch
-// ------------------------------------------------------------------------------------
+// --- the end of an epoch ---
 
 bool pool_is_assembled(const struct worker_pool *pool)
 {
@@ -169,18 +168,22 @@ static void fail_epoch(struct worker_pool *pool, struct member *member, int64_t 
               what, text);
 }
 
-void worker_pool_lose_stage(struct worker_pool *pool, uint32_t stage, int64_t now_us, const char *text)
+void worker_pool_lose(struct worker_pool *pool, int32_t stage, int64_t now_us, const char *text)
 {
-    struct member *member = stage < pool->plan.n_stages ? pool->stages[stage] : NULL;
-    if (!member || !pool_is_assembled(pool))
+    if (!pool_is_assembled(pool))
         return;
+    struct member *member = stage >= 0 ? pool->stages[stage] : NULL;
+    if (!member) {
+        back_off(pool, now_us);
+        end_epoch(pool, WIRE_POOL_REASSEMBLING, "%s", text);
+        return;
+    }
     member->failures++;
     lose_member(pool, member, text);
     pool_send_goodbye(pool, member, STATUS_UNAVAILABLE, pool->problem, true);
 }
 
-// --- assembly
-// -----------------------------------------------------------------------------------------------
+// --- assembly ---
 
 uint32_t pool_count_joined(const struct worker_pool *pool)
 {
@@ -292,8 +295,7 @@ static void become_ready(struct worker_pool *pool, int64_t now_us)
              (double)kv / 1e6);
 }
 
-// --- what workers say
-// ---------------------------------------------------------------------------------------
+// --- what workers say ---
 
 static struct member *find_named(const struct worker_pool *pool, const char *name,
                                  const struct member *except)
@@ -466,8 +468,10 @@ static bool take_epoch_message(struct worker_pool *pool, struct member *member,
             member->state = MEMBER_READY;
         return false;
     case WIRE_RESULT:
-        *event = (struct worker_pool_event){
-            .kind = WORKER_POOL_RESULT, .epoch = pool->epoch, .result = &pool->result};
+        *event = (struct worker_pool_event){.kind = WORKER_POOL_RESULT,
+                                            .epoch = pool->epoch,
+                                            .n_stages = pool->plan.n_stages,
+                                            .result = &pool->result};
         return pool->state == WIRE_POOL_READY && (uint32_t)member->stage == pool->plan.n_stages - 1;
     case WIRE_FAILED:
         take_failed(pool, member, said, now_us);
@@ -516,8 +520,7 @@ static bool take_parcel(struct worker_pool *pool, struct member *member, const s
     return take_epoch_message(pool, member, &said, now_us, event);
 }
 
-// --- the loop
-// -----------------------------------------------------------------------------------------------
+// --- the loop ---
 
 static bool is_listed(const struct worker_pool *pool, const struct member *member)
 {
@@ -670,8 +673,7 @@ int64_t worker_pool_wake_us(const struct worker_pool *pool)
     return wake;
 }
 
-// --- steps
-// --------------------------------------------------------------------------------------------------
+// --- steps ---
 
 int worker_pool_send_step(struct worker_pool *pool, const struct step_plan *plan, struct error *error)
 {

@@ -72,13 +72,15 @@ int64_t worker_pool_wake_us(const struct worker_pool *pool);
 int worker_pool_send_step(struct worker_pool *pool, const struct step_plan *plan, struct error *error);
 // The stage that step `number` most likely waits for, judged by what the heartbeats say.
 uint32_t worker_pool_suspect(const struct worker_pool *pool, uint64_t number);
-// A step overran its time or a result made no sense: the epoch is over, and the worker of `stage` is sent
-// away (it may come back).
-void worker_pool_lose_stage(struct worker_pool *pool, uint32_t stage, int64_t now_us, const char *text);
+// The epoch is over: a step overran its time, or a result made no sense. The worker of `stage` is to blame
+// and is sent away (it may come back); -1: nobody is, and the same workers try again after a back-off.
+void worker_pool_lose(struct worker_pool *pool, int32_t stage, int64_t now_us, const char *text);
 
 // Says goodbye to everybody who joined; new ones are turned away.
 void worker_pool_farewell(struct worker_pool *pool, const char *text);
 
+// Why the pool cannot be assembled from those who are here; NULL unless it is FAILED.
+const char *worker_pool_failure(const struct worker_pool *pool);
 bool worker_pool_is_ready(const struct worker_pool *pool);
 // State, epoch, problem, stages and page count of a GetPool answer; the rest is left alone. Pointers are
 // valid until the next call on the pool.

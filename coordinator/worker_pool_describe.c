@@ -9,6 +9,11 @@ bool worker_pool_is_ready(const struct worker_pool *pool)
     return pool->state == WIRE_POOL_READY;
 }
 
+const char *worker_pool_failure(const struct worker_pool *pool)
+{
+    return pool->state == WIRE_POOL_FAILED ? pool->problem : NULL;
+}
+
 static const char *member_state_name(const struct member *member)
 {
     if (!member)

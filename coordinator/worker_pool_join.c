@@ -10,8 +10,7 @@
 
 #include "common/log.h"
 
-// --- gRPC threads
-// -------------------------------------------------------------------------------------------
+// --- gRPC threads ---
 
 static void ring(struct worker_pool *pool)
 {
@@ -125,8 +124,7 @@ int worker_pool_attach(struct worker_pool *pool, struct rpc_server *server)
     return rpc_server_add(server, &join, pool);
 }
 
-// --- the pool's thread
-// --------------------------------------------------------------------------------------
+// --- the pool's thread ---
 
 bool pool_collect(struct worker_pool *pool, bool *flooded)
 {

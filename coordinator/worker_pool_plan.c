@@ -105,9 +105,9 @@ static bool shares_memory(const struct member *a, const struct member *b)
                       a->host[0] != '\0' && strcmp(a->host, b->host) == 0);
 }
 
-static double gigabytes(uint64_t bytes)
+static double megabytes(uint64_t bytes)
 {
-    return (double)bytes / 1e9;
+    return (double)bytes / 1e6;
 }
 
 int pool_count_pages(const struct worker_pool_options *options, const struct shard_plan *plan,
@@ -133,11 +133,11 @@ int pool_count_pages(const struct worker_pool_options *options, const struct sha
         uint64_t room = budget > weights && page > 0 ? (budget - weights) / page : 0;
         if (room < per_sequence)
             return error_set(error, STATUS_NO_MEMORY,
-                             "the model does not fit: worker %s (%s) has %.2f GB of memory free, of which "
-                             "%.2f may be used; its weights take %.2f GB and one sequence of %u positions "
-                             "%.2f GB. Use more workers, a smaller --context or a larger --memory-fraction",
-                             stages[s]->name, stages[s]->device, gigabytes(memory), gigabytes(budget),
-                             gigabytes(weights), options->context, gigabytes(per_sequence * page));
+                             "the model does not fit: worker %s (%s) has %.1f MB of memory free, of which "
+                             "%.1f may be used; its weights take %.1f MB and one sequence of %u positions "
+                             "%.1f MB. Use more workers, a smaller --context or a larger --memory-fraction",
+                             stages[s]->name, stages[s]->device, megabytes(memory), megabytes(budget),
+                             megabytes(weights), options->context, megabytes(per_sequence * page));
         if (room < pages)
             pages = room;
     }
