@@ -31,6 +31,9 @@ enum {
     MAX_TENSOR_DIMS = 4,
     MAX_SPLITS = 1024, // parts of one split model
     MAX_REQUEST_ID_BYTES = 128,
+    MAX_CHAT_MESSAGES = 4096, // of one request
+    MAX_CHAT_TOOLS = 512,     // definitions of one request
+    MAX_TOOL_CALLS = 256,     // of one chat message
 };
 
 #endif

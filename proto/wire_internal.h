@@ -114,6 +114,15 @@ static inline float wire_float_of(uint64_t value)
     return result;
 }
 
+// --- wire_messages.c: chat messages, part of two requests
+
+struct Strata__V1__Messages;
+// NULL when memory is out (encoder->status says so).
+struct Strata__V1__Messages *wire_put_messages(struct wire_encoder *encoder,
+                                               const struct wire_messages *from);
+void wire_take_messages(struct wire_decoder *decoder, struct wire_messages *out,
+                        const struct Strata__V1__Messages *from);
+
 // --- wire_step.c: the bodies of StepPlan and StepResult
 
 int wire_append_plan(struct wire_bytes *to, const struct step_plan *plan);
