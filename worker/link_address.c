@@ -7,7 +7,9 @@
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <stdbool.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -42,7 +44,9 @@ static int split(const char *address, char *host, size_t host_capacity, const ch
         begin++;
         end--;
     }
-    if (!colon || end <= begin || (size_t)(end - begin) >= host_capacity || !colon[1])
+    bool number = colon && colon[1] && strspn(colon + 1, "0123456789") == strlen(colon + 1) &&
+                  strtoul(colon + 1, NULL, 10) <= 65535;
+    if (!number || end <= begin || (size_t)(end - begin) >= host_capacity)
         return error_set(error, STATUS_INVALID, "link address '%s' is neither host:port nor unix:/path",
                          address);
     memcpy(host, begin, (size_t)(end - begin));
