@@ -5,11 +5,12 @@
 // (sched_yield) while they watch, because several workers may share the cores. A region needs nobody: tasks
 // are claimed one by one, and whoever is asleep or descheduled is not waited for unless it holds a task.
 //
-// `state` holds the region's number (high half) and the next unclaimed task (low half). A claim is a
+// `state` holds the region's number (high half) and how many tasks are unclaimed (low half). A claim is a
 // compare-and-swap on both, so a thread that slept through a region cannot claim a task of a later one with
 // the former's body: the swap fails and it reads the job again. The job's fields are atomics because such a
-// thread may read them while they change; what it read is used only if the swap succeeds, and then the
-// region is unfinished and they have not.
+// thread may read them while they change; what it read is used only if the swap succeeds, and then a task was
+// unclaimed all along, the region unfinished, and the fields as they were. (Counting tasks up to a limit that
+// is a field of the job would not do: between two regions the new limit would open the old one again.)
 //
 // Threads: `cpu_parallel` belongs to the executor's thread; the pool's threads run pool_thread.
 #include "kernels/cpu/cpu_internal.h"
@@ -38,7 +39,7 @@ struct pool_thread {
 };
 
 struct cpu_pool {
-    _Alignas(64) _Atomic uint64_t state; // region << 32 | next task
+    _Alignas(64) _Atomic uint64_t state; // region << 32 | unclaimed tasks
     _Atomic(task_body *) body;
     _Atomic(void *) args;
     _Atomic uint32_t n_tasks;
@@ -84,30 +85,28 @@ static bool spin(uint32_t *turns)
     return true;
 }
 
-// Claims and runs tasks until none is left.
+// Claims and runs tasks until none is left. What was finished is reported once, at the end: until then the
+// region is open and n_tasks its own.
 static void run_tasks(struct cpu_pool *pool, uint32_t worker)
 {
-    uint32_t finished = 0, n_tasks = 0;
+    uint32_t finished = 0;
     uint64_t state = atomic_load(&pool->state);
-    for (;;) {
+    while ((uint32_t)state) {
         task_body *body = atomic_load_explicit(&pool->body, memory_order_relaxed);
         void *args = atomic_load_explicit(&pool->args, memory_order_relaxed);
-        n_tasks = atomic_load_explicit(&pool->n_tasks, memory_order_relaxed);
-        if ((uint32_t)state >= n_tasks) {
-            if (!finished)
-                return;
-            // What was finished is reported once, after the last claim: until then the region is open.
-            uint32_t done = atomic_fetch_add(&pool->done, finished) + finished;
-            if (done == n_tasks && worker && atomic_load(&pool->caller_sleeps))
-                futex_wake(&pool->done, 1);
-            return;
-        }
-        if (!atomic_compare_exchange_weak(&pool->state, &state, state + 1))
+        uint32_t n_tasks = atomic_load_explicit(&pool->n_tasks, memory_order_relaxed);
+        if (!atomic_compare_exchange_weak(&pool->state, &state, state - 1))
             continue;
-        body(args, (uint32_t)state, worker);
+        body(args, n_tasks - (uint32_t)state, worker);
         finished++;
         state = atomic_load(&pool->state);
     }
+    if (!finished)
+        return;
+    uint32_t n_tasks = atomic_load_explicit(&pool->n_tasks, memory_order_relaxed);
+    uint32_t done = atomic_fetch_add(&pool->done, finished) + finished;
+    if (done == n_tasks && worker && atomic_load(&pool->caller_sleeps))
+        futex_wake(&pool->done, 1);
 }
 
 static void *pool_thread(void *argument)
@@ -160,7 +159,7 @@ void cpu_parallel(struct cpu_device *device, task_body *body, void *args, uint32
     atomic_store_explicit(&pool->n_tasks, n_tasks, memory_order_relaxed);
     atomic_store_explicit(&pool->done, 0, memory_order_relaxed);
     uint32_t region = (uint32_t)(atomic_load_explicit(&pool->state, memory_order_relaxed) >> 32) + 1;
-    atomic_store(&pool->state, (uint64_t)region << 32);
+    atomic_store(&pool->state, (uint64_t)region << 32 | n_tasks);
     atomic_store(&pool->wake, region);
     if (atomic_load(&pool->sleepers))
         futex_wake(&pool->wake, (int)n_tasks - 1);
