@@ -15,6 +15,7 @@ struct chat_template_options {
     const char *source;    // the Jinja2 text; NULL when the model has none
     const char *bos, *eos; // texts of the tokens, "" when there are none
     const char *python;    // interpreter; NULL = /usr/bin/python3
+    const char *helper;    // NULL = chat_template.py beside the running program
     int64_t timeout_us;    // of one rendering; 0 = 5 s
     uint32_t max_waiting;  // 0 = 256
 };
