@@ -12,7 +12,8 @@ function(strata_proto root name prefix)
   file(MAKE_DIRECTORY ${copy_dir})
   add_custom_command(
     OUTPUT ${gen}/${name}.pb-c.c ${gen}/${name}.pb-c.h
-    COMMAND sed -E "s/^( *)((repeated|oneof [a-z_]+ \\{) )?string ([a-z_]+ = [0-9]+)/\\1\\2bytes \\4/" ${root}/${name}.proto > ${copy}
+    COMMAND sed -E "s/^( *)((repeated|oneof [a-z_]+ \\{) )?string ([a-z_]+ = [0-9]+)/\\1\\2bytes \\4/"
+            ${root}/${name}.proto > ${copy}
     COMMAND ${PROTOC_C} --proto_path=${gen}/bytes --c_out=${gen} ${copy}
     DEPENDS ${root}/${name}.proto VERBATIM)
   set(proto_generated ${proto_generated} ${gen}/${name}.pb-c.c PARENT_SCOPE)
