@@ -25,6 +25,7 @@ struct rpc_call {
     int end_was_bad; // written by gRPC: the call ended other than by our status
     struct rpc_tag accept_tag, receive_tag, send_tag, close_tag;
     atomic_uint references;
+    struct rpc_call *previous, *next; // in the server's list of standing calls, under its mutex
     // Set when the call is accepted, then constant:
     char *metadata; // key NUL value NUL ... NUL
     char *peer;
@@ -46,7 +47,6 @@ struct rpc_call {
 };
 
 // --- life
-// -----------------------------------------------------------------------------------------------------------
 
 void rpc_call_ref(struct rpc_call *call)
 {
@@ -125,7 +125,6 @@ void rpc_call_expect(struct rpc_lane *lane)
 }
 
 // --- sending
-// --------------------------------------------------------------------------------------------------------
 
 static bool start(struct rpc_call *call, const grpc_op *ops, size_t n_ops, struct rpc_tag *tag)
 {
@@ -287,8 +286,45 @@ void rpc_call_abort(struct rpc_call *call, int status, const char *text)
     pthread_mutex_unlock(&call->mutex);
 }
 
+// --- standing calls
+
+static void stand(struct rpc_call *call)
+{
+    struct rpc_server *server = call->server;
+    pthread_mutex_lock(&server->mutex);
+    call->next = server->standing;
+    if (call->next)
+        call->next->previous = call;
+    server->standing = call;
+    bool stopping = server->stopping;
+    pthread_mutex_unlock(&server->mutex);
+    if (stopping)
+        rpc_call_abort(call, STATUS_UNAVAILABLE, "the server stops");
+}
+
+static void stand_down(struct rpc_call *call)
+{
+    struct rpc_server *server = call->server;
+    pthread_mutex_lock(&server->mutex);
+    if (call->previous)
+        call->previous->next = call->next;
+    else
+        server->standing = call->next;
+    if (call->next)
+        call->next->previous = call->previous;
+    pthread_mutex_unlock(&server->mutex);
+}
+
+void rpc_call_end_standing(struct rpc_server *server)
+{
+    pthread_mutex_lock(&server->mutex);
+    server->stopping = true;
+    for (struct rpc_call *call = server->standing; call; call = call->next)
+        rpc_call_abort(call, STATUS_UNAVAILABLE, "the server stops");
+    pthread_mutex_unlock(&server->mutex);
+}
+
 // --- events
-// ---------------------------------------------------------------------------------------------------------
 
 // Ends the call towards its service once nothing is pending.
 static void end_if_complete(struct rpc_call *call)
@@ -299,6 +335,8 @@ static void end_if_complete(struct rpc_call *call)
     pthread_mutex_unlock(&call->mutex);
     if (!complete)
         return;
+    if (call->entry && call->entry->method.standing)
+        stand_down(call);
     if (call->entry && call->entry->method.on_done)
         call->entry->method.on_done(call, call->entry->service, cancelled);
     atomic_fetch_sub(&call->server->calls, 1);
@@ -381,6 +419,8 @@ static void on_accepted(struct rpc_call *call)
                  server->max_calls);
         rpc_call_finish(call, STATUS_EXHAUSTED, text);
     } else {
+        if (call->entry->method.standing)
+            stand(call);
         if (call->entry->method.on_start)
             call->entry->method.on_start(call, call->entry->service);
         receive(call);
@@ -495,7 +535,6 @@ void rpc_call_handle(struct rpc_lane *lane, const struct rpc_tag *tag, bool succ
 }
 
 // --- what callbacks and other threads ask
-// ---------------------------------------------------------------------------
 
 void rpc_call_set_context(struct rpc_call *call, void *context)
 {

@@ -81,6 +81,8 @@ struct rpc_server {
     pthread_mutex_t mutex;
     pthread_cond_t ended; // `drained` became true
     bool drained;
+    bool stopping;             // with `standing`: under the mutex
+    struct rpc_call *standing; // calls of standing methods, a list
 };
 
 // Calls bound to a lane's queue get all their events on the lane's thread, so a call's callbacks cannot
@@ -93,6 +95,7 @@ struct rpc_lane {
 
 // Waits for one more call on this lane.
 void rpc_call_expect(struct rpc_lane *lane);
+void rpc_call_end_standing(struct rpc_server *server);
 void rpc_call_handle(struct rpc_lane *lane, const struct rpc_tag *tag, bool success);
 
 #endif

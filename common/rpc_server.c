@@ -130,7 +130,6 @@ int rpc_server_new(struct rpc_server **out, const struct rpc_server_options *opt
 }
 
 // --- listening
-// ------------------------------------------------------------------------------------------------------
 
 // gRPC removes a Unix socket that is in its way, a live one too. Look first whether somebody answers there.
 static int check_unix_path(const char *address, struct error *error)
@@ -233,7 +232,6 @@ int rpc_server_add(struct rpc_server *server, const struct rpc_method *method, v
 }
 
 // --- running
-// --------------------------------------------------------------------------------------------------------
 
 static void *serve(void *argument)
 {
@@ -307,6 +305,7 @@ void rpc_server_stop(struct rpc_server *server, int64_t grace_us)
     until.tv_nsec = nanoseconds % 1000000000;
     RPC_HAND_OVER(&server->stop_tag);
     grpc_server_shutdown_and_notify(server->server, server->lanes[0].queue, &server->stop_tag);
+    rpc_call_end_standing(server);
     bool all_run = server->n_threads == server->n_lanes;
     if (!all_run || !wait_drained(server, &until)) {
         grpc_server_cancel_all_calls(server->server);

@@ -20,6 +20,8 @@ struct rpc_call;
 struct rpc_method {
     const char *path;      // "/strata.v1.Inference/Generate"
     bool client_streaming; // false: exactly one message is read, then on_message runs
+    bool standing; // lasts as long as the client likes (a watch): rpc_server_stop ends it at once, with
+                   // UNAVAILABLE
     // A call arrived, before any message. May set a context with rpc_call_set_context. NULL = nothing to do.
     void (*on_start)(struct rpc_call *call, void *service);
     // One message. The bytes are the callback's only until it returns.

@@ -40,7 +40,6 @@ int wire_pack(struct wire_bytes *to, const ProtobufCMessage *message)
 }
 
 // --- encoding
-// -------------------------------------------------------------------------------------------------------
 
 void *wire_scratch(struct wire_encoder *encoder, size_t count, size_t size)
 {
@@ -83,7 +82,6 @@ int wire_encode_end(struct wire_encoder *encoder, struct wire_bytes *to, const P
 }
 
 // --- decoding
-// -------------------------------------------------------------------------------------------------------
 
 void wire_refuse(struct wire_decoder *decoder, int status, const char *format, ...)
 {
@@ -182,7 +180,6 @@ void *wire_make(struct wire_decoder *decoder, size_t count, size_t size)
 }
 
 // --- fields
-// ---------------------------------------------------------------------------------------------------------
 
 bool wire_read_varint(struct wire_reader *reader, uint64_t *value)
 {

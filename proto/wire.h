@@ -30,7 +30,6 @@ struct wire_text { // not necessarily NUL-free; data is NUL-terminated all the s
 };
 
 // --- strata.v1.Inference (wire_inference.c)
-// -----------------------------------------------------------------------
 
 enum wire_input { WIRE_INPUT_NONE, WIRE_INPUT_TEXT, WIRE_INPUT_TOKENS, WIRE_INPUT_MESSAGES };
 
@@ -179,7 +178,6 @@ WIRE_CODEC(model)
 WIRE_CODEC(pool)
 
 // --- strata.v1.Pool (wire_pool.c)
-// -----------------------------------------------------------------------------------
 
 enum wire_worker_kind {
     WIRE_HELLO = 1,
@@ -237,7 +235,6 @@ WIRE_CODEC(worker_message)
 WIRE_CODEC(coordinator_message)
 
 // --- grpc.health.v1 and grpc.reflection (wire_health.c, wire_reflection.c)
-// ------------------------------------------
 
 int wire_decode_health_request(const char **service, const uint8_t *bytes, size_t length, struct arena *arena,
                                struct error *error);

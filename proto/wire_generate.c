@@ -4,7 +4,6 @@
 #include "strata/v1/inference.pb-c.h"
 
 // --- the request, encoded by clients
-// --------------------------------------------------------------------------------
 
 #define PUT_OPTIONAL(field, NAME, present, from)                                                             \
     do {                                                                                                     \
@@ -91,7 +90,6 @@ int wire_encode_generate_request(struct wire_bytes *to, const struct wire_genera
 }
 
 // --- the request, decoded by the server
-// -----------------------------------------------------------------------------
 
 static void take_input(struct wire_decoder *d, struct wire_generate_request *out,
                        const Strata__V1__GenerateRequest *m)
@@ -200,7 +198,6 @@ int wire_decode_generate_request(struct wire_generate_request *out, const uint8_
 }
 
 // --- the response, encoded by the server
-// ----------------------------------------------------------------------------
 
 // One level of alternatives; alternatives of alternatives mean nothing and are not written.
 static Strata__V1__TokenLogprob **put_logprobs(struct wire_encoder *e, const struct wire_logprob *from,
@@ -271,7 +268,6 @@ int wire_encode_generate_response(struct wire_bytes *to, const struct wire_gener
 }
 
 // --- the response, decoded by clients
-// -------------------------------------------------------------------------------
 
 // protobuf-c recurses as deep as a message nests, and TokenLogprob can nest without end. Ours has two levels;
 // a third is an attack on the stack and is refused before it is unpacked.

@@ -3,7 +3,6 @@
 #include "strata/v1/inference.pb-c.h"
 
 // --- Tokenize
-// -------------------------------------------------------------------------------------------------------
 
 int wire_encode_tokenize_request(struct wire_bytes *to, const struct wire_tokenize_request *from)
 {
@@ -63,7 +62,6 @@ int wire_decode_tokenize_response(struct wire_tokenize_response *out, const uint
 }
 
 // --- Detokenize
-// -----------------------------------------------------------------------------------------------------
 
 int wire_encode_detokenize_request(struct wire_bytes *to, const struct wire_detokenize_request *from)
 {
@@ -112,7 +110,6 @@ int wire_decode_detokenize_response(struct wire_detokenize_response *out, const 
 }
 
 // --- GetModel
-// -------------------------------------------------------------------------------------------------------
 
 int wire_encode_model(struct wire_bytes *to, const struct wire_model *from)
 {
@@ -173,7 +170,6 @@ int wire_decode_model(struct wire_model *out, const uint8_t *bytes, size_t lengt
 }
 
 // --- GetPool
-// --------------------------------------------------------------------------------------------------------
 
 static void put_stages(struct wire_encoder *e, Strata__V1__GetPoolResponse *m, const struct wire_pool *from)
 {

@@ -3,7 +3,6 @@
 #include "strata/v1/inference.pb-c.h"
 
 // --- encoding
-// -------------------------------------------------------------------------------------------------------
 
 static bool put_tool_calls(struct wire_encoder *e, Strata__V1__Message *to, const struct wire_message *from)
 {
@@ -72,7 +71,6 @@ struct Strata__V1__Messages *wire_put_messages(struct wire_encoder *e, const str
 }
 
 // --- decoding
-// -------------------------------------------------------------------------------------------------------
 
 static void take_turn(struct wire_decoder *d, struct wire_message *out, const Strata__V1__Message *from)
 {

@@ -43,7 +43,6 @@ static int find_kind(const uint8_t *bytes, size_t length, uint32_t most, struct 
 }
 
 // --- worker to coordinator
-// ------------------------------------------------------------------------------------------
 
 static void put_hello(struct wire_encoder *e, Strata__V1__Hello *to, const struct wire_worker_message *from)
 {
@@ -259,7 +258,6 @@ int wire_decode_worker_message(struct wire_worker_message *out, const uint8_t *b
 }
 
 // --- coordinator to worker
-// ------------------------------------------------------------------------------------------
 
 static void put_assign(Strata__V1__Assign *to, const struct wire_coordinator_message *from)
 {

@@ -12,7 +12,6 @@ enum {
 };
 
 // --- writing
-// --------------------------------------------------------------------------------------------------------
 
 static uint8_t *write_record(uint8_t *at, uint32_t number, const uint8_t *record, size_t length)
 {
@@ -206,7 +205,6 @@ int wire_append_result(struct wire_bytes *to, const struct step_result *result)
 }
 
 // --- reading
-// --------------------------------------------------------------------------------------------------------
 
 static void read_sampling(struct sampling_params *p, struct wire_reader *reader)
 {
