@@ -13,6 +13,7 @@
 
 int command_plan(int argc, char **argv);
 int command_inspect(int argc, char **argv);
+int command_tokenize(int argc, char **argv);
 
 // Reads a command's options. Returns -1 when the command should go on; otherwise the exit code to return at
 // once: help was printed, or the words were refused on standard error. *out is the caller's only after -1.

@@ -12,6 +12,7 @@ static const struct command {
 } COMMANDS[] = {
     {"plan", command_plan, "print how a model would be split over workers"},
     {"inspect", command_inspect, "print a model file's header, metadata, tensors and vocabulary"},
+    {"tokenize", command_tokenize, "turn text into token ids, or ids into text"},
 };
 enum { N_COMMANDS = sizeof(COMMANDS) / sizeof(COMMANDS[0]) };
 
