@@ -11,6 +11,12 @@
 #include "common/config.h"
 #include "common/status.h"
 
+int command_serve(int argc, char **argv);
+int command_generate(int argc, char **argv);
+int command_chat(int argc, char **argv);
+int command_score(int argc, char **argv);
+int command_status(int argc, char **argv);
+int command_bench(int argc, char **argv);
 int command_plan(int argc, char **argv);
 int command_inspect(int argc, char **argv);
 int command_tokenize(int argc, char **argv);

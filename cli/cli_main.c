@@ -10,6 +10,12 @@ static const struct command {
     int (*run)(int argc, char **argv);
     const char *help;
 } COMMANDS[] = {
+    {"serve", command_serve, "serve a model from local worker processes"},
+    {"generate", command_generate, "continue a prompt on a running server"},
+    {"chat", command_chat, "talk to a running server"},
+    {"score", command_score, "how likely a text is under the served model"},
+    {"status", command_status, "the model, pool and load of a running server"},
+    {"bench", command_bench, "time the engine alone, or a running server under load"},
     {"plan", command_plan, "print how a model would be split over workers"},
     {"inspect", command_inspect, "print a model file's header, metadata, tensors and vocabulary"},
     {"tokenize", command_tokenize, "turn text into token ids, or ids into text"},
