@@ -297,8 +297,9 @@ struct step_prompt_logprob *step_result_add_prompt(struct step_result *result)
 
 struct token_logprob *step_result_add_tops(struct step_result *result, uint32_t count)
 {
-    if (!reserve(&result->tops, result->n_tops, &result->capacity.tops, count, MAX_RESULT_TOPS,
-                 sizeof(*result->tops)))
+    bool needed = count > 0 || !result->tops; // asked for none: still not NULL, which would mean failure
+    if (needed && !reserve(&result->tops, result->n_tops, &result->capacity.tops, count ? count : 1,
+                           MAX_RESULT_TOPS, sizeof(*result->tops)))
         return NULL;
     struct token_logprob *tops = result->tops + result->n_tops;
     memset(tops, 0, count * sizeof(*tops));

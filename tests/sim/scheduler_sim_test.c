@@ -11,7 +11,12 @@
 
 #include <stdio.h>
 
-enum { SEEDS = 40, RUNS_PER_TEST = 50, MAX_CLIENTS = 40, SIM_CHOICES = 5, SIM_SLOTS = 16 };
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+enum { SEEDS = 10 }; // several times slower
+#else
+enum { SEEDS = 40 };
+#endif
+enum { RUNS_PER_TEST = 50, MAX_CLIENTS = 40, SIM_CHOICES = 5, SIM_SLOTS = 16 };
 
 struct expected {
     int32_t *tokens;

@@ -202,6 +202,8 @@ START_TEST(results_grow_and_clear)
 {
     struct step_result result;
     step_result_init(&result);
+    ck_assert_ptr_nonnull(step_result_add_tops(&result, 0)); // none were asked for: no failure
+    ck_assert_uint_eq(result.n_tops, 0);
     result.epoch = 4;
     for (int32_t i = 0; i < 1000; i++) {
         struct step_sample *sample = step_result_add_sample(&result);
