@@ -31,7 +31,7 @@ struct client;
      OPTION_INT,                                                                                             \
      "N",                                                                                                    \
      NULL,                                                                                                   \
-     "new tokens at most (default: what the context has room for)",                                          \
+     "New tokens at most (default: what the context has room for).",                                         \
      0,                                                                                                      \
      1e9},                                                                                                   \
         {"min-tokens", 0, OPTION_INT, "N", NULL, "Do not end before this many new tokens.", 0, 1e9},         \
@@ -40,7 +40,7 @@ struct client;
          OPTION_FLOAT,                                                                                       \
          "X",                                                                                                \
          NULL,                                                                                               \
-         "0 = always the likeliest token (server default 1)",                                                \
+         "0 = always the likeliest token (server default 1).",                                               \
          0,                                                                                                  \
          1e6},                                                                                               \
         {"top-k", 0, OPTION_INT, "K", NULL, "Draw from the K likeliest tokens, 0 = all.", 0, 1e9},           \
@@ -52,7 +52,7 @@ struct client;
          OPTION_FLOAT,                                                                                       \
          "X",                                                                                                \
          NULL,                                                                                               \
-         "above 1: make tokens seen before less likely",                                                     \
+         "Above 1: make tokens seen before less likely.",                                                    \
          0,                                                                                                  \
          1e6},                                                                                               \
         {"presence-penalty",                                                                                 \
@@ -60,7 +60,7 @@ struct client;
          OPTION_FLOAT,                                                                                       \
          "X",                                                                                                \
          NULL,                                                                                               \
-         "subtracted once for a token in the answer",                                                        \
+         "Subtracted once for a token in the answer.",                                                       \
          -1e6,                                                                                               \
          1e6},                                                                                               \
         {"frequency-penalty",                                                                                \
@@ -68,7 +68,7 @@ struct client;
          OPTION_FLOAT,                                                                                       \
          "X",                                                                                                \
          NULL,                                                                                               \
-         "subtracted for each time a token is in the answer",                                                \
+         "Subtracted for each time a token is in the answer.",                                               \
          -1e6,                                                                                               \
          1e6},                                                                                               \
         {"logit-bias",                                                                                       \
@@ -76,7 +76,7 @@ struct client;
          OPTION_STRING,                                                                                      \
          "ID:X,...",                                                                                         \
          NULL,                                                                                               \
-         "added to the logits of tokens; -inf forbids one",                                                  \
+         "Added to the logits of tokens; -inf forbids one.",                                                 \
          0,                                                                                                  \
          0},                                                                                                 \
         {"seed", 's', OPTION_INT, "N", NULL, "Seed of the draws (default: drawn by the server).", 0, 0},     \

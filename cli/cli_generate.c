@@ -26,7 +26,7 @@ static const struct option OPTIONS[] = {
 
 static const char USAGE[] = "strata generate [options] [TEXT...]";
 static const char ABOUT[] = "Sends a prompt to a running server and streams the continuation. Without TEXT "
-                            "and --tokens the prompt is read\n"
+                            "and --tokens the prompt is read "
                             "from standard input.";
 
 struct answer { // of one choice

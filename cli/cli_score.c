@@ -19,7 +19,7 @@ static const struct option OPTIONS[] = {
 
 static const char USAGE[] = "strata score [options] [TEXT...]";
 static const char ABOUT[] = "Asks a running server how likely each token of a text is after those before it. "
-                            "Without TEXT and --tokens the\n"
+                            "Without TEXT and --tokens the "
                             "text is read from standard input.";
 
 struct scores {
