@@ -44,7 +44,7 @@ static bool options_hold(const struct scheduler_options *o)
 {
     return o->n_slots >= 1 && o->n_slots <= MAX_SLOTS && o->context >= 1 && o->context <= MAX_CONTEXT &&
            o->vocab_size >= 1 && o->vocab_size <= MAX_VOCABULARY && o->max_waiting >= 1 &&
-           o->max_waiting <= 1u << 24 && o->step_budget >= 2 && o->step_budget <= MAX_STEP_TOKENS &&
+           o->max_waiting <= 1u << 24 && o->step_budget >= 1 && o->step_budget <= MAX_STEP_TOKENS &&
            o->chunk >= 1;
 }
 

@@ -373,7 +373,8 @@ static void fill_step(struct build *b, int64_t now_us)
     bool prompts = s->prefill.count > 0 || next_fits(s);
     uint32_t share = micro_batch(s);
     b->room = s->options.step_budget;
-    uint32_t most = b->room - (prompts ? (b->room + 3) / 4 : 0);
+    uint32_t kept = b->room > 1 ? (b->room + 3) / 4 : s->turn % 2; // a budget of one is taken in turns
+    uint32_t most = b->room - (prompts ? kept : 0);
     uint32_t rest = share > most ? share - most : 0;
     plan_decodes(b, share - rest, false);
     plan_prompts(b, now_us);

@@ -132,8 +132,8 @@ static void accept_token(struct scheduler *s, struct entry *entry, uint32_t choi
     struct queued_event *event = events_push(&s->queue, SCHEDULER_TOKEN, entry, choice);
     event->token = sample->token;
     event->logprob = sample->logprob;
-    event->tops_first = events_add_tops(&s->queue, result->tops + sample->top_first, sample->top_count);
-    event->n_tops = sample->top_count;
+    event->n_tops = spec->logprobs ? sample->top_count : 0; // those of prompt logprobs say nothing here
+    event->tops_first = events_add_tops(&s->queue, result->tops + sample->top_first, event->n_tops);
     entry->emitted++;
     s->output_tokens++;
     if (n_before + 1 == entry->max_outputs)

@@ -323,7 +323,7 @@ static inline void model_sample(struct pool_model *pool, const struct step_plan 
         samples->capacity = (first + row->draws) * 2;
         samples->tokens = realloc(samples->tokens, samples->capacity * sizeof(*samples->tokens));
     }
-    uint32_t tops = row->draws > 0 && row->logprobs ? row->top_logprobs : 0, top_first = result->n_tops;
+    uint32_t tops = row->draws > 0 ? row->top_logprobs : 0, top_first = result->n_tops;
     struct token_logprob *top = step_result_add_tops(result, tops);
     for (uint32_t i = 0; i < tops; i++)
         top[i] = fake_top(hash, i, pool->bounds.vocab_size);

@@ -208,7 +208,7 @@ START_TEST(options_are_checked)
     for (int i = 0; i < 5; i++)
         bad[i] = OPTIONS;
     bad[0].n_slots = MAX_SLOTS + 1;
-    bad[1].step_budget = 1;
+    bad[1].step_budget = 0;
     bad[2].chunk = 0;
     bad[3].context = 0;
     bad[4].step_budget = MAX_STEP_TOKENS + 1;
