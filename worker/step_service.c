@@ -53,7 +53,6 @@ struct step_service {
     uint64_t epoch, steps_done, compute_us, wait_us, memory_free;
     char description[160];
     uint32_t level;
-    struct error fault;
     // The device's thread.
     struct device *device;
     struct weight_cache *weights;
@@ -105,25 +104,6 @@ static void say(struct step_service *service, const struct wire_worker_message *
 
 // --- the device ---
 
-static int open_device(struct step_service *service, uint32_t level, struct error *error)
-{
-    struct device_options options = service->options.device;
-    if (level)
-        options.level = level;
-    int status = device_open(&service->device, &options, error);
-    if (status)
-        return status;
-    status = weight_cache_new(&service->weights, service->device);
-    if (status)
-        return error_set(error, status, "no memory for the weight cache");
-    weight_cache_set_file(service->weights, service->options.gguf);
-    pthread_mutex_lock(&service->mutex);
-    service->level = device_level(service->device);
-    snprintf(service->description, sizeof(service->description), "%s", device_describe(service->device));
-    pthread_mutex_unlock(&service->mutex);
-    return STATUS_OK;
-}
-
 static void close_device(struct step_service *service)
 {
     weight_cache_free(service->weights);
@@ -133,22 +113,45 @@ static void close_device(struct step_service *service)
     service->device = NULL;
 }
 
+// Swaps the device for one of another level (0: as configured), with an empty weight cache. On failure the
+// old one stays.
+static int open_device(struct step_service *service, uint32_t level, struct error *error)
+{
+    struct device_options options = service->options.device;
+    struct device *device;
+    struct weight_cache *weights;
+    options.level = level ? level : options.level;
+    int status = device_open(&device, &options, error);
+    if (status)
+        return status;
+    if (level && device_level(device) != level)
+        status = error_set(error, STATUS_UNSUPPORTED, "this machine runs at level %s, not at %s",
+                           device_level_name(device_level(device)), device_level_name(level));
+    else if (weight_cache_new(&weights, device))
+        status = error_set(error, STATUS_NO_MEMORY, "no memory for the weight cache");
+    if (status) {
+        device_close(device);
+        return status;
+    }
+    close_device(service);
+    service->device = device;
+    service->weights = weights;
+    weight_cache_set_file(weights, service->options.gguf);
+    pthread_mutex_lock(&service->mutex);
+    service->level = device_level(device);
+    snprintf(service->description, sizeof(service->description), "%s", device_describe(device));
+    pthread_mutex_unlock(&service->mutex);
+    return STATUS_OK;
+}
+
 // Packed weights are of one level: another level means another device and a fresh load.
 static int change_level(struct step_service *service, uint32_t level, struct error *error)
 {
-    if (service->device && (level == 0 || level == device_level(service->device)))
+    if (level == 0 || level == device_level(service->device))
         return STATUS_OK;
-    log_info("running at level %s, as the pool agreed", device_level_name(level));
-    close_device(service);
     int status = open_device(service, level, error);
-    if (!status && device_level(service->device) != level)
-        status = error_set(error, STATUS_UNSUPPORTED, "this machine runs at level %s, the pool at level %s",
-                           device_level_name(device_level(service->device)), device_level_name(level));
-    if (service->device)
-        return status;
-    pthread_mutex_lock(&service->mutex);
-    service->fault = *error;
-    pthread_mutex_unlock(&service->mutex);
+    if (!status)
+        log_info("running at level %s, as the pool agreed", device_level_name(level));
     return status;
 }
 
@@ -466,7 +469,7 @@ int step_service_new(struct step_service **out, const struct step_service_option
     if (status)
         error_set(error, status, "no memory for the queue of steps");
     else
-        status = open_device(service, options->device.level, error);
+        status = open_device(service, 0, error);
     if (!status) {
         note_memory(service);
         service->started = pthread_create(&service->thread, NULL, run_jobs, service) == 0;
@@ -606,12 +609,10 @@ void step_service_beat(struct step_service *service, struct wire_worker_message 
     pthread_mutex_unlock(&service->mutex);
 }
 
-int step_service_fault(struct step_service *service, struct error *error)
+uint64_t step_service_epoch(struct step_service *service)
 {
     pthread_mutex_lock(&service->mutex);
-    int status = service->fault.status;
-    if (status)
-        *error = service->fault;
+    uint64_t epoch = service->wanted_epoch;
     pthread_mutex_unlock(&service->mutex);
-    return status;
+    return epoch;
 }

@@ -53,7 +53,6 @@ void step_service_reset(struct step_service *service);
 // Device, level, threads and memory of a Hello; numbers of a heartbeat. Any thread.
 void step_service_describe(struct step_service *service, struct wire_worker_message *hello);
 void step_service_beat(struct step_service *service, struct wire_worker_message *beat);
-// Nonzero, with the sentence, when the device is gone and the process cannot go on.
-int step_service_fault(struct step_service *service, struct error *error);
+uint64_t step_service_epoch(struct step_service *service); // assigned and not over; 0: none
 
 #endif

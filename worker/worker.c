@@ -34,6 +34,7 @@ struct worker {
     struct step_service *service;
     struct outbox *outbox;
     struct arena arena;
+    struct step_plan unwanted; // where a step is decoded that cannot be run
     char host[HOST_BYTES], name[NAME_BYTES], link_address[LINK_ADDRESS_BYTES];
     bool heard;    // the coordinator spoke on this connection
     bool released; // it sent us away for good
@@ -106,6 +107,7 @@ int worker_new(struct worker **out, const struct worker_options *options, struct
     if (!worker)
         return error_set(error, STATUS_NO_MEMORY, "no memory for a worker");
     worker->options = *options;
+    step_plan_init(&worker->unwanted);
     pthread_condattr_t monotonic;
     pthread_condattr_init(&monotonic);
     pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
@@ -131,6 +133,7 @@ void worker_free(struct worker *worker)
     link_listener_close(worker->listener);
     gguf_close(worker->gguf);
     arena_free(&worker->arena);
+    step_plan_free(&worker->unwanted);
     pthread_cond_destroy(&worker->stopped);
     pthread_mutex_destroy(&worker->mutex);
     free(worker);
@@ -156,13 +159,24 @@ static bool is_stopping(struct worker *worker)
 
 // --- one connection ---
 
-static void report_failure(struct worker *worker, uint64_t epoch, const struct error *error)
+// What arrived cannot be used: the epoch at hand is over, the connection is not.
+static void report_failure(struct worker *worker, const struct error *error)
 {
+    uint64_t epoch = step_service_epoch(worker->service);
     struct wire_worker_message failed = {
         .kind = WIRE_FAILED, .epoch = epoch, .status = error->status, .text = error->text};
     log_warn("epoch %llu failed here: %s", (unsigned long long)epoch, error->text);
+    if (epoch == 0)
+        return; // there is none, or it is over already
     step_service_abort(worker->service, epoch);
     say(worker, &failed);
+}
+
+static void report_flood(struct worker *worker, int status)
+{
+    struct error error;
+    error_set(&error, status, "the coordinator queued more steps than a worker keeps");
+    report_failure(worker, &error);
 }
 
 static void take_goodbye(struct worker *worker, const struct wire_coordinator_message *goodbye)
@@ -203,34 +217,31 @@ static bool dispatch(struct worker *worker, const struct wire_coordinator_messag
     case WIRE_COORDINATOR_HEARTBEAT:
         break;
     }
-    if (status) {
-        struct error error;
-        error_set(&error, status, "the coordinator queued more steps than this worker keeps");
-        report_failure(worker, message->epoch, &error);
-    }
+    if (status)
+        report_flood(worker, status);
     return true;
 }
 
+// Decodes into a plan of the service's, or, when it has none left, into one whose step will not run.
 static bool take_message(struct worker *worker, const uint8_t *bytes, size_t length)
 {
     struct error error = {0};
-    struct wire_coordinator_message message = {.plan = step_service_borrow(worker->service)};
-    if (!message.plan) {
-        error_set(&error, STATUS_EXHAUSTED, "the coordinator queued more steps than this worker keeps");
-        report_failure(worker, 0, &error);
-        return false;
-    }
-    struct step_plan *plan = message.plan;
+    struct step_plan *plan = step_service_borrow(worker->service);
+    struct wire_coordinator_message message = {.plan = plan ? plan : &worker->unwanted};
     arena_reset(&worker->arena);
     int status = wire_decode_coordinator_message(&message, bytes, length, &worker->arena, &error);
-    if (status || message.kind != WIRE_STEP)
+    if (plan && (status || message.kind != WIRE_STEP))
         step_service_return(worker->service, plan);
     if (status) {
         error_wrap(&error, "a message of the coordinator's makes no sense");
-        report_failure(worker, 0, &error);
-        return false;
+        report_failure(worker, &error);
+        return true;
     }
     worker->heard = true;
+    if (!plan && message.kind == WIRE_STEP) {
+        report_flood(worker, STATUS_EXHAUSTED);
+        return true;
+    }
     return dispatch(worker, &message);
 }
 
@@ -270,8 +281,7 @@ static void converse(struct worker *worker, struct rpc_stream *stream, struct er
     // A failed hello is no reason to leave: the receive below says why the stream is gone.
     if (say_hello(worker, stream) == STATUS_OK)
         outbox_attach(worker->outbox, stream);
-    while (more && !step_service_fault(worker->service, &worker->why) &&
-           rpc_stream_receive(stream, &bytes, &length, error) == 1) {
+    while (more && rpc_stream_receive(stream, &bytes, &length, error) == 1) {
         more = take_message(worker, bytes, length);
         free(bytes);
     }
@@ -336,7 +346,7 @@ int worker_run(struct worker *worker, struct error *error)
         int status = connect_once(worker, &ended);
         if (status == STATUS_INVALID)
             return error_set(error, status, "%s", ended.text); // an address or certificate that cannot work
-        if (worker->released || worker->why.status) {
+        if (worker->released) {
             *error = worker->why;
             return error->status;
         }
