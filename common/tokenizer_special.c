@@ -22,8 +22,8 @@ static const char *const end_texts[] = {
     "<eos>",
     "<end_of_turn>",
     "<end_of_utterance>",
-    "<\xEF\xBD\x9C"
-    "end\xE2\x96\x81of\xE2\x96\x81sentence\xEF\xBD\x9C>", // DeepSeek
+    ("<\xEF\xBD\x9C"
+     "end\xE2\x96\x81of\xE2\x96\x81sentence\xEF\xBD\x9C>"), // DeepSeek
     // Code models: what follows belongs to another file or repository, or is padding.
     "<|file_sep|>",
     "<|repo_name|>",
