@@ -43,7 +43,8 @@ struct answer { // of one choice
 struct output {
     bool json, want_logprobs;
     uint32_t n_choices;
-    uint32_t shown; // the choice whose text is on the terminal last
+    bool keep; // collect the text of each choice instead of streaming it: for JSON, and for several choices
+    bool shown;
     struct answer answers[MAX_CHOICES];
 };
 
@@ -69,16 +70,8 @@ static bool answer_append(struct answer *answer, const char *text, size_t bytes)
     memcpy(grown + answer->text_bytes, text, bytes);
     answer->text = grown;
     answer->text_bytes += bytes;
+    answer->text[answer->text_bytes] = '\0';
     return true;
-}
-
-static void show_text(struct output *output, uint32_t choice, const char *text, size_t bytes)
-{
-    if (output->n_choices > 1 && output->shown != choice)
-        printf("%s[%u] ", output->shown == UINT32_MAX ? "" : "\n", choice);
-    output->shown = choice;
-    fwrite(text, 1, bytes, stdout);
-    fflush(stdout);
 }
 
 static void keep_end(struct answer *answer, const struct wire_generate_response *response)
@@ -106,10 +99,13 @@ static bool on_response(void *context, const struct wire_generate_response *resp
         json_array_append_new(answer->ids, json_integer(response->token_ids[i]));
     for (uint32_t i = 0; output->json && i < response->n_logprobs; i++)
         json_array_append_new(answer->logprobs, json_logprob(&response->logprobs[i]));
-    if (output->json && !answer_append(answer, response->text.data, response->text.length))
+    if (output->keep && !answer_append(answer, response->text.data, response->text.length))
         return false;
-    if (!output->json && response->text.length)
-        show_text(output, response->choice, response->text.data, response->text.length);
+    if (!output->keep && response->text.length) {
+        output->shown = true;
+        fwrite(response->text.data, 1, response->text.length, stdout);
+        fflush(stdout);
+    }
     if (response->finish)
         keep_end(answer, response);
     return true;
@@ -148,6 +144,12 @@ static void print_json(struct output *output)
     for (uint32_t i = 0; i < output->n_choices; i++)
         json_array_append_new(choices, answer_json(output, &output->answers[i]));
     cli_print_json(json_pack("{s:o}", "choices", choices));
+}
+
+static void print_choices(const struct output *output)
+{
+    for (uint32_t i = 0; i < output->n_choices; i++)
+        printf("[%u] %s\n", i, output->answers[i].text ? output->answers[i].text : "");
 }
 
 static void print_figures(const struct output *output)
@@ -213,8 +215,10 @@ static int prepare(struct wire_generate_request *request, const struct config *c
 
 static void output_init(struct output *output, const struct wire_generate_request *request, bool json)
 {
-    *output = (struct output){
-        .json = json, .want_logprobs = request->logprobs, .n_choices = request->n, .shown = UINT32_MAX};
+    *output = (struct output){.json = json,
+                              .keep = json || request->n > 1,
+                              .want_logprobs = request->logprobs,
+                              .n_choices = request->n};
     for (uint32_t i = 0; json && i < output->n_choices; i++) {
         output->answers[i].ids = json_array();
         output->answers[i].logprobs = json_array();
@@ -241,8 +245,10 @@ int command_generate(int argc, char **argv)
         goto done;
     output_init(&output, &request, config_flag(config, "json"));
     status = client_generate(client, &request, on_response, &output, &error);
-    if (!output.json && output.shown != UINT32_MAX)
+    if (output.shown)
         putchar('\n');
+    if (output.keep && !output.json)
+        print_choices(&output);
     if (status == STATUS_OK && output.json)
         print_json(&output);
     if (status == STATUS_OK && !output.json && !config_flag(config, "quiet"))

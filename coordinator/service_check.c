@@ -21,7 +21,9 @@ uint64_t service_draw(void)
         got = getrandom(&value, sizeof(value), 0);
     } while (got < 0 && errno == EINTR);
     // Without a source of randomness a seed may still be drawn; it only has to differ between requests.
-    return got == (ssize_t)sizeof(value) ? value : (uint64_t)clock_wall_us() * UINT64_C(0x9E3779B97F4A7C15);
+    if (got != (ssize_t)sizeof(value))
+        value = (uint64_t)clock_wall_us() * UINT64_C(0x9E3779B97F4A7C15);
+    return value >> 11; // 53 bits: a seed that is reported survives every JSON reader
 }
 
 int service_pick_id(const char *field, const char *metadata, char out[MAX_REQUEST_ID_BYTES + 1],
