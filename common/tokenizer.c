@@ -126,12 +126,12 @@ int token_list_push(struct token_list *list, int32_t id)
 
 int encode_byte(struct encode_job *job, unsigned char byte)
 {
-    int32_t id = job->tokenizer->byte_tokens[byte];
-    if (id < 0)
-        id = job->tokenizer->unknown;
-    if (id < 0)
-        return error_set(job->error, STATUS_INVALID, "the vocabulary has no token for the byte 0x%02X", byte);
-    return token_list_push(job->out, id);
+    const struct tokenizer *tokenizer = job->tokenizer;
+    int32_t id = tokenizer->byte_tokens[byte];
+    // Some vocabularies call a control token their unknown one. No text may become that.
+    if (id < 0 && tokenizer->unknown >= 0 && tokenizer->kinds[tokenizer->unknown] != TOKEN_CONTROL)
+        id = tokenizer->unknown;
+    return id < 0 ? 0 : token_list_push(job->out, id);
 }
 
 static int encode_plain(struct encode_job *job, const char *text, size_t length, bool after_special)

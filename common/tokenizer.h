@@ -56,6 +56,8 @@ enum {
     ENCODE_ADD_SPECIAL = 2, // BOS in front / EOS behind where the model asks for them
 };
 // Appends the ids of `text` (UTF-8; ill-formed bytes are kept as bytes, never undefined behaviour) to `list`.
+// A byte for which the vocabulary has neither a token nor an unknown token is left out, as the models' own
+// tools do.
 int tokenizer_encode(const struct tokenizer *tokenizer, const char *text, size_t length, unsigned flags,
                      struct token_list *list, struct error *error);
 

@@ -165,7 +165,7 @@ struct encode_job {
     size_t escaped_capacity;
 };
 
-// The id of one byte that no larger token covers: its byte token, the unknown token, or an error.
+// One byte that no larger token covers: its byte token, or the unknown token, or nothing.
 int encode_byte(struct encode_job *job, unsigned char byte);
 
 // tokenizer_bpe.c

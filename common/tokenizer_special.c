@@ -22,8 +22,7 @@ static const char *const end_texts[] = {
     "<eos>",
     "<end_of_turn>",
     "<end_of_utterance>",
-    ("<\xEF\xBD\x9C"
-     "end\xE2\x96\x81of\xE2\x96\x81sentence\xEF\xBD\x9C>"), // DeepSeek
+    "<\uFF5Cend\u2581of\u2581sentence\uFF5C>", // DeepSeek
     // Code models: what follows belongs to another file or repository, or is padding.
     "<|file_sep|>",
     "<|repo_name|>",
