@@ -103,7 +103,8 @@ def answer_to(template, setup, request):
     except MemoryError:
         return {"kind": "failed", "error": f"the chat template needs more than {MEMORY_BYTES >> 20} MB"}
     except Exception as error:  # whatever a template can raise is a sentence for its user
-        return {"kind": "failed", "error": f"the chat template fails on these messages: {type(error).__name__}: {error}"}
+        sentence = f"{type(error).__name__}: {error}"
+        return {"kind": "failed", "error": f"the chat template fails on these messages: {sentence}"}
 
 
 def limit_resources():

@@ -80,8 +80,9 @@ def direct(template, **variables):
     return environment.from_string(template).render(**variables)
 
 
-WEATHER = {"type": "function", "function": {"name": "weather", "description": "What's it like in <place>?",
-                                            "parameters": {"type": "object", "properties": {"città": {"type": "string"}}}}}
+WEATHER = {"type": "function", "function": {
+    "name": "weather", "description": "What's it like in <place>?",
+    "parameters": {"type": "object", "properties": {"città": {"type": "string"}}}}}
 CONVERSATIONS = {
     "one question": [{"role": "user", "content": "Hello <there> & 'you' \"too\""}],
     "a system prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " Why? \n"}],
