@@ -1,11 +1,12 @@
 // Whether the scheduler keeps a pipeline busy: a pool whose every stage takes the same time for a step
-// whatever is in it (as decoding does, where reading the weights is the cost), a fake clock, and the time
-// that whole loads take against the least that any scheduler could need.
+// whatever is in it (as decoding does, where reading the weights is the cost), a host that hears of each
+// result late, a fake clock, and the time that whole loads take against the least that any scheduler could
+// need.
 #include "coordinator/scheduler.h"
 #include "tests/sim/pool_model.h"
 #include "tests/suite.h"
 
-enum { STAGE_US = 1000, TICK_US = 50, VOCABULARY = 211, CONTEXT = 4096, CHUNK = 64 };
+enum { STAGE_US = 1000, HOST_US = 600, TICK_US = 50, VOCABULARY = 211, CONTEXT = 4096, CHUNK = 64 };
 
 struct line {
     struct scheduler *scheduler;
@@ -13,8 +14,9 @@ struct line {
     struct step_plan plan;
     uint32_t n_stages;
     int64_t now;
-    int64_t finishes[MAX_STAGES]; // 0 = idle
-    int64_t busy_us;              // of all stages
+    int64_t finishes[MAX_STAGES];    // 0 = idle
+    int64_t busy_us;                 // of all stages
+    int64_t known_us[MODEL_HISTORY]; // when the host has the step's result
     uint32_t n_ended, tokens;
     int64_t ended_us[64]; // by request id
 };
@@ -66,9 +68,12 @@ static void line_submit(struct line *line, uint64_t id, uint32_t n_prompt, uint3
 static void line_host(struct line *line)
 {
     struct scheduler_event event;
-    const struct step_result *result;
-    while ((result = pool_model_result(line->pool)))
+    struct pool_model *pool = line->pool;
+    while (pool->resulted < pool->stages[line->n_stages - 1].done &&
+           line->known_us[pool->resulted % MODEL_HISTORY] <= line->now) {
+        const struct step_result *result = pool_model_result(pool);
         ck_assert_int_eq(scheduler_result(line->scheduler, result, line->now, NULL), STATUS_OK);
+    }
     while (scheduler_next_event(line->scheduler, &event)) {
         line->tokens += event.kind == SCHEDULER_TOKEN;
         if (event.kind == SCHEDULER_REQUEST_END) {
@@ -92,6 +97,8 @@ static void line_tick(struct line *line)
     for (uint32_t i = line->n_stages;
          i-- > 0;) { // backwards: a stage sees what its neighbour finished a tick ago
         if (line->finishes[i] == line->now) {
+            if (i == line->n_stages - 1)
+                line->known_us[line->pool->stages[i].done % MODEL_HISTORY] = line->now + HOST_US;
             pool_model_run(line->pool, i);
             line->finishes[i] = 0;
             line->busy_us += STAGE_US;
