@@ -2,12 +2,12 @@
 // each of its choices. Owned by the scheduler from submission to its last event; never touched by gRPC
 // threads.
 //
-//         submit           admit_next            plan_chunk, of the last            the last choice ends
-//   (new) -------> WAITING -----------> PREFILL ---------------------------> RUNNING ------------------->
-//   DONE
-//                     |    slots, pages    |         its choices decode, or its                            ^
-//                     |    set aside       |         scores are awaited                                    |
-//                     +--------------------+-- scheduler_end_entry: cancel, deadline, pool lost -----------+
+//        submit          admit_next       plan_chunk (last)     last choice ends
+//   (new) ----> WAITING ----------> PREFILL --------------> RUNNING ---------> DONE
+//                  |   slots, pages    |   choices decode, or  |                 ^
+//                  |   set aside       |   scores are awaited  |                 |
+//                  +-------------------+-----------------------+-----------------+
+//                    scheduler_end_entry: cancel, deadline, pool lost
 #ifndef STRATA_REQUEST_H
 #define STRATA_REQUEST_H
 

@@ -6,11 +6,10 @@
 //
 // A slot's life:
 //
-//            admit_next           provide_pages: OPEN           scheduler_release_choice
-//   (free) ------------> set aside ----------------> open --------------------------------> closing --->
-//   (free)
-//                            \                                                              next step: CLOSE
-//                             \_____ released before it was opened: free at once
+//          admit_next         OPEN is planned       sequence ends, or forks
+//   (free) ----------> set aside ----------> open ----------------------> closing ---> (free)
+//                          |                                     next step: CLOSE
+//                          +---- released before it was opened: free at once
 //
 // When a sequence ends, its slot and pages are free at once, though steps in flight may still write to them.
 // That is safe because every stage runs whole steps in the order of their numbers. Say step j holds rows of
