@@ -17,12 +17,12 @@ size_t cpu_kv_page_bytes(const struct device *device, uint32_t n_kv_heads, uint3
 // --- angles
 // -----------------------------------------------------------------------------------------------------
 
-// x - n pi/2 with pi/2 in three parts, of which n times the first two are exact; then Taylor's series for at
-// most pi/4. Absolute error below 1e-13 up to 2^20 radians.
+// x - n pi/2 with pi/2 in two parts, of which n times the first is exact; then Taylor's series for at most
+// pi/4. Absolute error below 1e-13 up to 2^20 radians.
 static void sine_cosine(double x, double *sine, double *cosine)
 {
     double n = (x * 0x1.45f306dc9c883p-1 + 0x1.8p52) - 0x1.8p52;
-    double r = ((x - n * 0x1.921fb544p+0) - n * 0x1.0b4611a6p-34) - n * 0x1.3198a2e037073p-69;
+    double r = (x - n * 0x1.921fb544p+0) - n * 0x1.0b4611a626331p-34;
     double r2 = r * r, s = 0, c = 0;
     for (int i = 15; i > 1; i -= 2) { // sin r = r (1 - r2/(2*3) (1 - r2/(4*5) (...))), cos r likewise
         s = (1 - s) * r2 / (i * (i - 1));

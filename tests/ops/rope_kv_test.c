@@ -8,6 +8,7 @@ struct prepare_case {
     enum position_kind position;
     bool norm;
     uint32_t n_tokens, most_position;
+    float base; // of the frequencies; 0 = 10000
 };
 
 // A batch of single positions, each a sequence of its own with all pages of its table the same.
@@ -29,7 +30,7 @@ static const float *norm_weights(const struct prepare_case *shape)
 
 static float frequency_of(const struct prepare_case *shape, uint32_t i)
 {
-    return (float)pow(10000, -2.0 * i / shape->rope_dims);
+    return (float)pow(shape->base > 0 ? shape->base : 10000, -2.0 * i / shape->rope_dims);
 }
 
 static void prepare(struct device *device, const struct prepare_case *shape, struct prepared *out)
@@ -167,14 +168,14 @@ static void check_prepared(const struct prepare_case *shape, const struct prepar
 }
 
 static const struct prepare_case CASES[] = {
-    {9, 3, 64, 64, POSITION_ROPE_ADJACENT, false, 130, 500},
-    {4, 2, 128, 128, POSITION_ROPE_HALVES, true, 33, 40000},
-    {2, 1, 96, 96, POSITION_ROPE_HALVES, false, 5, MAX_CONTEXT - 1},
-    {2, 1, 80, 32, POSITION_ROPE_ADJACENT, false, 70, 1000},
-    {3, 3, 80, 20, POSITION_ROPE_HALVES, true, 9, 100},
-    {2, 2, 13, 6, POSITION_ROPE_ADJACENT, true, 3, 64},
-    {12, 12, 64, 0, POSITION_LEARNED, false, 65, 1023},
-    {1, 1, 256, 256, POSITION_ROPE_ADJACENT, false, 64, MAX_CONTEXT - 1},
+    {9, 3, 64, 64, POSITION_ROPE_ADJACENT, false, 130, 500, 0},
+    {4, 2, 128, 128, POSITION_ROPE_HALVES, true, 33, 40000, 0},
+    {2, 1, 96, 96, POSITION_ROPE_HALVES, false, 5, MAX_CONTEXT - 1, 0},
+    {2, 1, 80, 32, POSITION_ROPE_ADJACENT, false, 70, 1000, 0},
+    {3, 3, 80, 20, POSITION_ROPE_HALVES, true, 9, 100, 0},
+    {2, 2, 13, 6, POSITION_ROPE_ADJACENT, true, 3, 64, 0},
+    {12, 12, 64, 0, POSITION_LEARNED, false, 65, 1023, 0},
+    {1, 1, 256, 256, POSITION_ROPE_ADJACENT, false, 64, MAX_CONTEXT - 1, 500},
 };
 
 START_TEST(test_shapes)
@@ -206,11 +207,11 @@ START_TEST(test_angles_follow_changes)
 {
     fixture_seed("angles");
     struct prepare_case shapes[] = {
-        {1, 1, 32, 32, POSITION_ROPE_ADJACENT, false, 6, 900},
-        {1, 1, 32, 32, POSITION_ROPE_ADJACENT, false, 6, 900}, // other positions
-        {1, 1, 32, 16, POSITION_ROPE_ADJACENT, false, 6, 900}, // other frequencies
-        {1, 1, 32, 16, POSITION_ROPE_HALVES, false, 40, 900},  // more tokens
-        {1, 1, 64, 64, POSITION_ROPE_HALVES, false, 5, 900},   // fewer
+        {1, 1, 32, 32, POSITION_ROPE_ADJACENT, false, 6, 900, 0},
+        {1, 1, 32, 32, POSITION_ROPE_ADJACENT, false, 6, 900, 0}, // other positions
+        {1, 1, 32, 16, POSITION_ROPE_ADJACENT, false, 6, 900, 0}, // other frequencies
+        {1, 1, 32, 16, POSITION_ROPE_HALVES, false, 40, 900, 0},  // more tokens
+        {1, 1, 64, 64, POSITION_ROPE_HALVES, false, 5, 900, 0},   // fewer
     };
     struct device *device = fixture_open(device_best_level("cpu", 0), 2);
     for (int round = 0; round < 3; round++)
@@ -220,6 +221,10 @@ START_TEST(test_angles_follow_changes)
             check_prepared(&shapes[i], &data);
             prepare(device, &shapes[i], &data);
             check_prepared(&shapes[i], &data);
+            shapes[i].base = 500; // the same positions with other frequencies
+            prepare(device, &shapes[i], &data);
+            check_prepared(&shapes[i], &data);
+            shapes[i].base = 0;
             prepared_free(&data);
         }
     fixture_close(device);
