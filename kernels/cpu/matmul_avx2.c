@@ -207,7 +207,7 @@ ALWAYS_INLINE void sum_32(const struct tile_call *call, const struct cpu_type fo
     uint32_t blocks = call->width / 32;
     for (uint32_t i = 0; i < blocks; i++) {
         uint32_t odd = i & 1;
-        fetch_ahead(pair + odd * (header + code_bytes), code_bytes + (odd ? 0 : header));
+        fetch_ahead(pair + odd * (header / 2 + code_bytes), header / 2 + code_bytes);
 #pragma GCC unroll 2
         for (int half = 0; half < 2; half++) {
             const uint8_t *scales = pair + 32 * odd + 16 * half;

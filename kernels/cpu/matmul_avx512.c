@@ -174,7 +174,7 @@ ALWAYS_INLINE void sum_32(const struct tile_call *call, const struct cpu_type fo
     uint32_t blocks = call->width / 32;
     for (uint32_t i = 0; i < blocks; i++) {
         uint32_t odd = i & 1;
-        fetch_ahead(pair + odd * (header + code_bytes), code_bytes + (odd ? 0 : header));
+        fetch_ahead(pair + odd * (header / 2 + code_bytes), header / 2 + code_bytes);
         __m512 scale = halves(pair + 32 * odd);
         __m512 min = form.has_min ? halves(pair + 64 + 32 * odd) : _mm512_setzero_ps();
         add_block(call, form, columns, i, pair + header + odd * code_bytes, scale, min, total);
