@@ -12,19 +12,24 @@ FUZZ_SECONDS ?= 60
 CMAKE_FLAGS ?=
 export CTEST_OUTPUT_ON_FAILURE = 1
 
-.PHONY: all build deps demo check check-asan check-tsan fuzz bench format clean
+.PHONY: all deps configure build programs demo check check-asan check-tsan fuzz bench format clean
 
 all: build
 
 deps:
 	@scripts/install_dependencies.sh
 
-build: deps
+configure: deps
 	@cmake -S . -B $(BUILD) -G Ninja $(CMAKE_FLAGS) > $(BUILD).log 2>&1 || { cat $(BUILD).log; exit 1; }
 	@mv $(BUILD).log $(BUILD)/configure.log
+
+build: configure
 	@ninja -C $(BUILD) -j$(JOBS)
 
-demo: build
+programs: configure
+	@ninja -C $(BUILD) -j$(JOBS) strata strata-coordinator strata-worker
+
+demo: programs
 	@scripts/demo.sh $(BUILD) $(MODEL)
 
 check: build

@@ -157,6 +157,7 @@ static void print_figures(const struct output *output)
     uint32_t new_tokens = 0;
     double rate = 0;
     const struct answer *first = &output->answers[0];
+    fflush(stdout);
     for (uint32_t i = 0; i < output->n_choices; i++) {
         new_tokens += output->answers[i].completion_tokens;
         rate += output->answers[i].tokens_per_second;

@@ -37,6 +37,7 @@ struct worker {
     struct step_plan unwanted; // where a step is decoded that cannot be run
     char host[HOST_BYTES], name[NAME_BYTES], link_address[LINK_ADDRESS_BYTES];
     bool heard;    // the coordinator spoke on this connection
+    bool farewell; // and said goodbye: the end of the connection is no surprise
     bool released; // it sent us away for good
     struct error why;
     // Under the mutex: what worker_stop touches.
@@ -183,6 +184,7 @@ static void take_goodbye(struct worker *worker, const struct wire_coordinator_me
 {
     const char *text = goodbye->text && *goodbye->text ? goodbye->text : "it gave no reason";
     log_info("the coordinator says goodbye: %s", text);
+    worker->farewell = true;
     if (goodbye->retry)
         return;
     worker->released = true;
@@ -297,7 +299,7 @@ static int connect_once(struct worker *worker, struct error *error)
                                           .tls_key = worker->options.tls_key};
     struct rpc_channel *channel;
     struct rpc_stream *stream;
-    worker->heard = false;
+    worker->heard = worker->farewell = false;
     int status = rpc_channel_new(&channel, worker->options.coordinator, &options, error);
     if (status)
         return status;
@@ -329,9 +331,9 @@ static void pause_for(struct worker *worker, int64_t us)
 static void note_loss(struct worker *worker, const struct error *error, bool *noted)
 {
     const char *text = error->status ? error->text : "the stream ended";
-    if (worker->heard)
+    if (worker->heard && !worker->farewell)
         log_warn("the coordinator at %s is lost: %s", worker->options.coordinator, text);
-    else if (!*noted)
+    else if (!worker->heard && !*noted)
         log_info("waiting for a coordinator at %s: %s", worker->options.coordinator, text);
     *noted = !worker->heard;
 }
