@@ -144,6 +144,7 @@ struct tokenizer {
     size_t pair_mask;
     // SentencePiece
     uint32_t *ranks; // [size] order of the scores, best first
+    bool has_words;  // no piece has a space behind another character
 };
 
 // tokenizer_load.c

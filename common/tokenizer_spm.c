@@ -1,6 +1,9 @@
 // SentencePiece-style tokenization ("llama" models). Spaces are written as U+2581, then neighbouring
-// characters merge wherever both together are a piece of the vocabulary, the best score first; there are no
-// words, the whole text is one. Characters that are no piece come out as their bytes' tokens.
+// characters merge wherever both together are a piece of the vocabulary, the best score first. Characters
+// that are no piece come out as their bytes' tokens.
+//
+// The method knows no words. But where no piece has a space behind another character, nothing merges across
+// the front of a space, and going word by word gives the same pieces sooner and in less memory.
 #include "common/tokenizer_internal.h"
 
 #include <math.h>
@@ -38,6 +41,15 @@ static uint32_t rank_of(float score)
     return ~ascending;
 }
 
+// Whether a piece has a space mark behind something else.
+static bool crosses_space(const char *text, size_t length)
+{
+    size_t at = 0;
+    while (length - at >= SPACE_MARK_BYTES && memcmp(text + at, SPACE_MARK, SPACE_MARK_BYTES) == 0)
+        at += SPACE_MARK_BYTES;
+    return memmem(text + at, length - at, SPACE_MARK, SPACE_MARK_BYTES) != NULL;
+}
+
 int spm_load_scores(struct tokenizer *tokenizer, const struct gguf_value *scores, struct error *error)
 {
     tokenizer->ranks = malloc(tokenizer->size * sizeof(*tokenizer->ranks));
@@ -48,6 +60,12 @@ int spm_load_scores(struct tokenizer *tokenizer, const struct gguf_value *scores
         if (isnan(score))
             return error_set(error, STATUS_CORRUPT, "tokenizer.ggml.scores: token %u has no number", id);
         tokenizer->ranks[id] = rank_of((float)score);
+    }
+    tokenizer->has_words = true;
+    for (uint32_t id = 0; id < tokenizer->size; id++) {
+        size_t length;
+        const char *text = string_pool_get(&tokenizer->texts, id, &length);
+        tokenizer->has_words &= !crosses_space(text, length);
     }
     return 0;
 }
@@ -106,30 +124,53 @@ static void split_characters(struct merge_work *work, const struct tokenizer *to
     }
 }
 
-static int emit(struct encode_job *job, const struct merge_node *node, size_t end)
+static int emit(struct encode_job *job, const struct merge_node *node, const char *word, size_t end)
 {
     if (node->symbol != NO_STRING)
         return token_list_push(job->out, (int32_t)node->symbol);
     for (size_t i = node->start; i < end; i++) {
-        int status = encode_byte(job, (unsigned char)job->escaped[i]);
+        int status = encode_byte(job, (unsigned char)word[i]);
         if (status)
             return status;
     }
     return 0;
 }
 
+static int encode_word(struct encode_job *job, const char *word, size_t length)
+{
+    struct merge_work *work = &job->work;
+    int status = merge_reserve(work, length);
+    if (status)
+        return status;
+    split_characters(work, job->tokenizer, word, length);
+    merge_run(work, job->tokenizer, word, length, spm_rule);
+    for (size_t i = 0; i < work->n_nodes && !status; i = work->nodes[i].next)
+        status = emit(job, &work->nodes[i], word, work->nodes[work->nodes[i].next].start);
+    return status;
+}
+
+// Where the word ends that starts at `text`: in front of the first space mark behind another character.
+static size_t word_length(const struct tokenizer *tokenizer, const char *text, size_t length)
+{
+    if (!tokenizer->has_words)
+        return length;
+    size_t at = 0;
+    while (length - at >= SPACE_MARK_BYTES && memcmp(text + at, SPACE_MARK, SPACE_MARK_BYTES) == 0)
+        at += SPACE_MARK_BYTES;
+    const char *mark = memmem(text + at, length - at, SPACE_MARK, SPACE_MARK_BYTES);
+    return mark ? (size_t)(mark - text) : length;
+}
+
 int spm_encode(struct encode_job *job, const char *text, size_t length, bool space_in_front)
 {
     int64_t escaped = escape(job, text, length, space_in_front);
-    if (escaped <= 0)
+    if (escaped < 0)
         return (int)escaped;
-    struct merge_work *work = &job->work;
-    int status = merge_reserve(work, (size_t)escaped);
-    if (status)
-        return status;
-    split_characters(work, job->tokenizer, job->escaped, (size_t)escaped);
-    merge_run(work, job->tokenizer, job->escaped, (size_t)escaped, spm_rule);
-    for (size_t i = 0; i < work->n_nodes && !status; i = work->nodes[i].next)
-        status = emit(job, &work->nodes[i], work->nodes[work->nodes[i].next].start);
+    int status = 0;
+    for (size_t at = 0; at < (size_t)escaped && !status;) {
+        size_t word = word_length(job->tokenizer, job->escaped + at, (size_t)escaped - at);
+        status = encode_word(job, job->escaped + at, word);
+        at += word;
+    }
     return status;
 }

@@ -1,5 +1,6 @@
 // Tokenizers on small vocabularies made here: merges against a naive model, special tokens, defaults of the
 // metadata, and metadata that must be refused.
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -344,6 +345,22 @@ START_TEST(spm_agrees_with_a_naive_model)
 }
 END_TEST
 
+START_TEST(spm_pieces_may_cross_spaces)
+{
+    static const char *const tokens[] = {"<unk>", "a", "b", "\u2581", "a\u2581", "a\u2581b", "\u2581b"};
+    static const int32_t kinds[] = {2, 1, 1, 1, 1, 1, 1};
+    static const float scores[] = {0, -9, -9, -9, -1, -2, -3};
+    gguf_writer_string(&writer, "tokenizer.ggml.model", "llama");
+    gguf_writer_strings(&writer, "tokenizer.ggml.tokens", tokens, 7);
+    gguf_writer_array(&writer, "tokenizer.ggml.token_type", GGUF_I32, kinds, 7, sizeof(kinds));
+    gguf_writer_array(&writer, "tokenizer.ggml.scores", GGUF_F32, scores, 7, sizeof(scores));
+    struct tokenizer *tokenizer = tokenizer_from(&writer);
+    check_tokens(tokenizer, "a b", 0, "\u2581|a\u2581b");
+    check_tokens(tokenizer, "a  b", 0, "\u2581|a\u2581|\u2581b");
+    tokenizer_free(tokenizer);
+}
+END_TEST
+
 START_TEST(phi3_special_tokens_take_white_space_along)
 {
     static const char *const tokens[] = {"<unk>", "<s>", "</s>", "<|user|>", "\u2581", "a", "<0x0A>"};
@@ -357,6 +374,40 @@ START_TEST(phi3_special_tokens_take_white_space_along)
     check_tokens(tokenizer, "<s>\na", ENCODE_SPECIAL, "<s>|\u2581|<0x0A>|a");
     check_tokens(tokenizer, "<|user|>\n", ENCODE_SPECIAL, "<|user|>");
     tokenizer_free(tokenizer);
+}
+END_TEST
+
+// --- threads -----------------------------------------------------------------------------------------------
+
+static void *encode_often(void *context)
+{
+    const struct tokenizer *tokenizer = context;
+    static const char text[] = "hello <tool> the world 123 \u4e16\u754c\U0001F600 aaaa\n\n";
+    size_t first = 0, failures = 0;
+    for (int round = 0; round < 300; round++) {
+        struct token_list list = {0};
+        failures += tokenizer_encode(tokenizer, text, sizeof(text) - 1, 0, &list, NULL) != 0;
+        first = first ? first : list.count;
+        failures += list.count != first || first == 0;
+        token_list_free(&list);
+    }
+    return (void *)failures;
+}
+
+START_TEST(threads_share_a_tokenizer)
+{
+    for (int spm = 0; spm < 2; spm++) {
+        struct tokenizer *tokenizer = spm ? small_spm() : small_bpe();
+        pthread_t threads[4];
+        for (int i = 0; i < 4; i++)
+            ck_assert_int_eq(pthread_create(&threads[i], NULL, encode_often, tokenizer), 0);
+        for (int i = 0; i < 4; i++) {
+            void *failures;
+            pthread_join(threads[i], &failures);
+            ck_assert_ptr_null(failures);
+        }
+        tokenizer_free(tokenizer);
+    }
 }
 END_TEST
 
@@ -576,7 +627,9 @@ Suite *make_suite(void)
     tcase_add_test(tests, ill_formed_text_keeps_its_bytes);
     tcase_add_test(tests, spm_merges_by_score);
     tcase_add_test(tests, spm_agrees_with_a_naive_model);
+    tcase_add_test(tests, spm_pieces_may_cross_spaces);
     tcase_add_test(tests, phi3_special_tokens_take_white_space_along);
+    tcase_add_test(tests, threads_share_a_tokenizer);
     tcase_add_test(tests, end_tokens_are_found);
     tcase_add_test(tests, a_model_without_vocabulary_knows_ids_only);
     tcase_add_test(tests, bad_metadata_is_refused);
