@@ -166,9 +166,11 @@ static void report_failure(struct worker *worker, const struct error *error)
     uint64_t epoch = step_service_epoch(worker->service);
     struct wire_worker_message failed = {
         .kind = WIRE_FAILED, .epoch = epoch, .status = error->status, .text = error->text};
+    if (epoch == 0) {
+        log_debug("%s", error->text); // there is no epoch, or it is over already
+        return;
+    }
     log_warn("epoch %llu failed here: %s", (unsigned long long)epoch, error->text);
-    if (epoch == 0)
-        return; // there is none, or it is over already
     step_service_abort(worker->service, epoch);
     say(worker, &failed);
 }
