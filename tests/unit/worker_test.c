@@ -98,7 +98,8 @@ static void start_coordinator(void)
     ck_assert_msg(rpc_server_listen(server, listen, &port, &error) == 0, "%s", error.text);
     ck_assert_int_eq(rpc_server_add(server, &method, NULL), 0);
     ck_assert_int_eq(rpc_server_start(server, &error), 0);
-    snprintf(address, sizeof(address), "127.0.0.1:%d", port);
+    if (address[0] == '\0') // workers read it
+        snprintf(address, sizeof(address), "127.0.0.1:%d", port);
 }
 
 static void stop_coordinator(void)
@@ -318,6 +319,7 @@ static void setup(void)
         "the generator needs /usr/bin/python3 with numpy");
     free(logits);
     port = 0;
+    address[0] = '\0';
     step_result_init(&result);
     start_coordinator();
 }
