@@ -115,13 +115,17 @@ void rpc_call_expect(struct rpc_lane *lane)
     grpc_call_details_init(&call->details);
     grpc_metadata_array_init(&call->arrived);
     RPC_HAND_OVER(&call->accept_tag);
-    grpc_call_error failure =
-        grpc_server_request_call(lane->server->server, &call->call, &call->details, &call->arrived,
-                                 lane->queue, lane->queue, &call->accept_tag);
-    if (failure != GRPC_CALL_OK) {
+    pthread_mutex_lock(&lane->mutex);
+    bool closed = lane->closed;
+    grpc_call_error failure = GRPC_CALL_OK;
+    if (!closed)
+        failure = grpc_server_request_call(lane->server->server, &call->call, &call->details, &call->arrived,
+                                           lane->queue, lane->queue, &call->accept_tag);
+    pthread_mutex_unlock(&lane->mutex);
+    if (failure != GRPC_CALL_OK)
         log_error("gRPC takes no more calls: %s", grpc_call_error_to_string(failure));
+    if (closed || failure != GRPC_CALL_OK)
         release(call);
-    }
 }
 
 // --- sending
@@ -129,11 +133,16 @@ void rpc_call_expect(struct rpc_lane *lane)
 static bool start(struct rpc_call *call, const grpc_op *ops, size_t n_ops, struct rpc_tag *tag)
 {
     RPC_HAND_OVER(tag);
-    grpc_call_error failure = grpc_call_start_batch(call->call, ops, n_ops, tag, NULL);
-    if (failure == GRPC_CALL_OK)
+    pthread_mutex_lock(&call->lane->mutex);
+    bool closed = call->lane->closed;
+    grpc_call_error failure =
+        closed ? GRPC_CALL_OK : grpc_call_start_batch(call->call, ops, n_ops, tag, NULL);
+    pthread_mutex_unlock(&call->lane->mutex);
+    if (!closed && failure == GRPC_CALL_OK)
         return true;
-    // A misuse on our side; the call cannot go on.
-    log_error("gRPC refused an operation: %s", grpc_call_error_to_string(failure));
+    // The server has stopped, or it is a misuse on our side; the call cannot go on.
+    if (!closed)
+        log_error("gRPC refused an operation: %s", grpc_call_error_to_string(failure));
     call->broken = true;
     call->over = true;
     grpc_call_cancel_with_status(call->call, GRPC_STATUS_INTERNAL, "the server broke off", NULL);

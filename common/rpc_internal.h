@@ -91,6 +91,8 @@ struct rpc_lane {
     struct rpc_server *server;
     grpc_completion_queue *queue;
     pthread_t thread;
+    pthread_mutex_t mutex; // starting an operation and shutting the queue down exclude each other
+    bool closed;           // the queue is shut down: gRPC would abort the process for another operation
 };
 
 // Waits for one more call on this lane.

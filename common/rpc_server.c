@@ -88,6 +88,7 @@ static int add_lanes(struct rpc_server *server, uint32_t count)
         struct rpc_lane *lane = &server->lanes[server->n_lanes];
         lane->server = server;
         lane->queue = grpc_completion_queue_create_for_next(NULL);
+        pthread_mutex_init(&lane->mutex, NULL);
         grpc_server_register_completion_queue(server->server, lane->queue, NULL);
     }
     return STATUS_OK;
@@ -312,8 +313,13 @@ void rpc_server_stop(struct rpc_server *server, int64_t grace_us)
         if (all_run)
             wait_drained(server, NULL);
     }
-    for (uint32_t i = 0; i < server->n_lanes; i++)
+    for (uint32_t i = 0; i < server->n_lanes; i++) {
+        // Other lanes may still be handling the last events of calls that gRPC counts as over.
+        pthread_mutex_lock(&server->lanes[i].mutex);
+        server->lanes[i].closed = true;
         grpc_completion_queue_shutdown(server->lanes[i].queue);
+        pthread_mutex_unlock(&server->lanes[i].mutex);
+    }
     for (uint32_t i = 0; i < server->n_lanes; i++) {
         if (i < server->n_threads)
             pthread_join(server->lanes[i].thread, NULL);
@@ -329,8 +335,10 @@ void rpc_server_free(struct rpc_server *server)
     if (server->n_lanes > 0)
         rpc_server_stop(server, 0);
     grpc_server_destroy(server->server);
-    for (uint32_t i = 0; i < server->n_lanes; i++)
+    for (uint32_t i = 0; i < server->n_lanes; i++) {
         grpc_completion_queue_destroy(server->lanes[i].queue);
+        pthread_mutex_destroy(&server->lanes[i].mutex);
+    }
     grpc_server_credentials_release(server->credentials);
     pthread_cond_destroy(&server->ended);
     pthread_mutex_destroy(&server->mutex);
