@@ -182,7 +182,7 @@ def test_bad_options_end_with_a_sentence():
 # --- the end ---
 
 def test_sigterm_drains():
-    with Server(e2e.small_model(), workers=2) as server:
+    with Server(e2e.small_model(), workers=2, coordinator=["--drain-timeout", 60 * e2e.SLOW]) as server:
         call = server.client.stream(long_request(max_tokens=1500))
         stream = iter(call)
         tokens = len(next(stream).token_ids)

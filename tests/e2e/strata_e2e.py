@@ -278,24 +278,26 @@ class Server:
         until(quiet, "everything is given back")
 
     def stop(self):
+        """Ends everything. Returns what did not end well of its own: a sanitizer's finding, a crash, a hang."""
         if self.client:
             self.client.close()
-        codes = [process.stop() for process in [self.coordinator, *self.workers.values()] if process]
+        bad = []
         for process in self.past:
-            if process.alive():
-                process.stop()
-        return codes
+            if process.alive() and process.stop() != 0:
+                bad.append(f"{process.name} ended with status {process.process.returncode}")
+        return bad
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, value, trace):
-        self.stop()
-        if kind:
+        bad = self.stop()
+        if kind or bad:
             for process in dict.fromkeys(p.name for p in self.past):
                 text = (self.home / f"{process}.log").read_text(errors="replace")
                 print(f"--- the log of {process}, its end:\n{text[-4000:]}", file=sys.stderr)
         shutil.rmtree(self.home, ignore_errors=True)
+        assert kind or not bad, ", ".join(bad)
 
 
 # --- models -------------------------------------------------------------------------------------------------------
@@ -338,15 +340,16 @@ def main(names, model=None, **server):
             failures += 1
             print(f"FAILED {name}\n{traceback.format_exc()}", flush=True)
 
-    shared = [(name, test) for name, test in tests if test.__code__.co_argcount]
-    if shared:
+    def run_shared():
         with Server(model or small_model(), **server) as running:
             before = failures
             for name, test in shared:
                 run(name, test, running)
-            if failures > before:
-                for process in running.past:
-                    print(f"--- the log of {process.name}, its end:\n{process.text()[-4000:]}", file=sys.stderr)
+            assert failures == before, "the logs of the shared server are above"
+
+    shared = [(name, test) for name, test in tests if test.__code__.co_argcount]
+    if shared:
+        run("the shared server", run_shared)
     for name, test in tests:
         if not test.__code__.co_argcount:
             run(name, test)
