@@ -130,23 +130,27 @@ static const char *const FAMILIES[] = {
     "arch=gpt2 tied",
 };
 enum { N_FAMILIES = sizeof(FAMILIES) / sizeof(FAMILIES[0]) };
-static const struct {
-    const char *mix;
-    double bound; // of the relative distance: floats round in 16 bits (KV), quants also to 8-bit activations
-} TYPES[] = {{"f32", 0.002}, {"f16", 0.002}, {"bf16", 0.002}, {"q4_0", 0.02},  {"q4_1", 0.02},
-             {"q5_0", 0.02}, {"q5_1", 0.02}, {"q8_0", 0.02},  {"q2_k", 0.02},  {"q3_k", 0.02},
-             {"q4_k", 0.02}, {"q5_k", 0.02}, {"q6_k", 0.02},  {"q4_k_m", 0.02}};
-enum { N_TYPES = sizeof(TYPES) / sizeof(TYPES[0]) };
+static const char *const TYPES[] = {"f32",  "f16",  "bf16", "q4_0", "q4_1", "q5_0", "q5_1",
+                                    "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q4_k_m"};
+enum { N_TYPES = sizeof(TYPES) / sizeof(TYPES[0]), FIRST_QUANT = 3 };
+
+// Everybody rounds keys and values to 16 bits. Above the portable level, quantized weights meet activations
+// rounded to 8 bits, as in other engines; on random weights, which forgive nothing, that is about 2%.
+static double bound_of(int type, uint32_t level)
+{
+    return type >= FIRST_QUANT && level != LEVEL_PORTABLE ? 0.03 : 0.002;
+}
 
 static void check_distance(const char *family, int type, uint32_t level)
 {
     char options[256];
-    snprintf(options, sizeof(options), "%s mix=%s" SHAPE, family, TYPES[type].mix);
+    snprintf(options, sizeof(options), "%s mix=%s" SHAPE, family, TYPES[type]);
     double apart = oracle_distance(options, level);
     if (getenv("STRATA_TEST_VERBOSE"))
         printf("%-9s %-32s %-7s %.5f\n", device_level_name(level ? level : device_best_level("cpu", 0)),
-               family, TYPES[type].mix, apart);
-    ck_assert_msg(apart < TYPES[type].bound, "%s: distance %f, over %f", options, apart, TYPES[type].bound);
+               family, TYPES[type], apart);
+    ck_assert_msg(apart < bound_of(type, level), "%s: distance %f, over %f", options, apart,
+                  bound_of(type, level));
 }
 
 START_TEST(test_every_type_of_llama)
@@ -321,7 +325,7 @@ END_TEST
 START_TEST(test_bits_of_every_type)
 {
     const struct variant some[] = {{2, 2, 7, true, false, true, true}};
-    check_invariance("arch=llama rope_freqs", TYPES[_i].mix, some, 1);
+    check_invariance("arch=llama rope_freqs", TYPES[_i], some, 1);
 }
 END_TEST
 
