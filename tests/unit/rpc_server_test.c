@@ -257,6 +257,27 @@ START_TEST(a_client_to_nowhere)
 }
 END_TEST
 
+static void *say_late(void *stream)
+{
+    clock_sleep_us(5 * SECOND); // gRPC pings no more often than once a second
+    ck_assert_int_eq(rpc_stream_send(stream, "late", 4), 0);
+    return NULL;
+}
+
+// Many a server takes a client's keepalive pings for an attack and hangs up.
+START_TEST(frequent_pings_are_welcome)
+{
+    start_server("127.0.0.1:0", NULL);
+    connect_to(address, &(struct rpc_channel_options){.keepalive_us = SECOND / 50});
+    struct rpc_stream *stream = open_stream("/t/Chat", 0);
+    pthread_t speaker;
+    pthread_create(&speaker, NULL, say_late, stream);
+    expect_message(stream, "late");
+    pthread_join(speaker, NULL);
+    rpc_stream_free(stream);
+}
+END_TEST
+
 START_TEST(a_server_that_comes_later)
 {
     char later[64];
@@ -350,6 +371,7 @@ Suite *make_suite(void)
     tcase_add_test(own, bad_addresses_are_refused);
     tcase_add_test(own, a_client_to_nowhere);
     tcase_add_test(own, a_server_that_comes_later);
+    tcase_add_test(own, frequent_pings_are_welcome);
     tcase_add_test(own, tls_files_are_checked);
     tcase_add_test(own, tls_calls);
     suite_add_tcase(suite, own);
