@@ -180,8 +180,7 @@ int client_get_pool(struct client *client, struct wire_pool *out, struct arena *
     return status;
 }
 
-// --- request options
-// ----------------------------------------------------------------------------------------------
+// --- request options ---
 
 int client_parse_ids(const char *text, int32_t **ids, uint32_t *count, struct arena *arena,
                      struct error *error)
@@ -350,8 +349,7 @@ int client_read_prompt(struct wire_generate_request *request, const struct confi
     return STATUS_OK;
 }
 
-// --- JSON
-// ---------------------------------------------------------------------------------------------------------
+// --- JSON ---
 
 json_t *json_text(const char *text, size_t length)
 {

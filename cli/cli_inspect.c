@@ -32,8 +32,7 @@ struct sections {
     bool metadata, tensors, vocabulary;
 };
 
-// --- text
-// -----------------------------------------------------------------------------------------------------
+// --- text ---
 
 // At most `limit` bytes of `from`, control characters and ill-formed UTF-8 as escapes. Never NULL.
 static const char *readable(struct arena *arena, struct gguf_string from, size_t limit)
@@ -82,8 +81,7 @@ static uint64_t shown_count(const struct gguf_value *value, uint64_t most)
     return value->nested ? 0 : value->count < most ? value->count : most;
 }
 
-// --- metadata
-// -------------------------------------------------------------------------------------------------
+// --- metadata ---
 
 static void print_element(struct arena *arena, const struct gguf_value *value, uint64_t index, size_t *cursor)
 {
@@ -168,8 +166,7 @@ static json_t *json_of_metadata(struct arena *arena, const struct gguf *gguf)
     return object;
 }
 
-// --- tensors
-// --------------------------------------------------------------------------------------------------
+// --- tensors ---
 
 struct type_total {
     uint64_t tensors, bytes;
@@ -240,8 +237,7 @@ static json_t *json_of_types(const struct gguf *gguf)
     return object;
 }
 
-// --- vocabulary
-// -----------------------------------------------------------------------------------------------
+// --- vocabulary ---
 
 static const char *const TOKEN_KINDS[N_TOKEN_KINDS] = {"undefined",    "normal", "unknown", "control",
                                                        "user_defined", "unused", "byte"};
@@ -352,8 +348,7 @@ static json_t *json_of_vocabulary(struct arena *arena, const struct gguf *gguf)
     return result;
 }
 
-// --- the whole
-// ------------------------------------------------------------------------------------------------
+// --- the whole ---
 
 static void print_summary(const struct gguf *gguf)
 {

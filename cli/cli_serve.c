@@ -98,8 +98,7 @@ struct supervisor {
     struct progress *progress;
 };
 
-// --- command lines of the children
-// ----------------------------------------------------------------------------------
+// --- command lines of the children ---
 
 static int add_argument(struct child *child, struct error *error, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
@@ -165,8 +164,7 @@ static int prepare_worker(struct supervisor *s, uint32_t index, struct error *er
     return status ? status : pass_options(child, s->config, WORKER_OPTIONS, error);
 }
 
-// --- starting and ending
-// ----------------------------------------------------------------------------------------------
+// --- starting and ending ---
 
 static int start_child(struct child *child, int stdout_fd, struct error *error)
 {
@@ -268,8 +266,7 @@ static void reap(struct supervisor *s)
     }
 }
 
-// --- the loop
-// -----------------------------------------------------------------------------------------------------------
+// --- the loop ---
 
 // "ready on A,B,unix:private" loses the private address on its way to our standard output.
 static void relay_ready_line(struct supervisor *s)

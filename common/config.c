@@ -43,8 +43,7 @@ static const struct option COMMON[] = {
 };
 enum { N_COMMON = sizeof(COMMON) / sizeof(COMMON[0]) };
 
-// --- values
-// ---------------------------------------------------------------------------------------------------
+// --- values ---
 
 static int parse_flag(const char *text, int64_t *out)
 {
@@ -168,8 +167,7 @@ static int set_value(struct config *config, size_t index, const char *text, enum
     return status;
 }
 
-// --- names
-// ----------------------------------------------------------------------------------------------------
+// --- names ---
 
 static bool find_option(const struct config *config, const char *name, size_t length, size_t *index)
 {
@@ -234,8 +232,7 @@ static int refuse_name(const struct config *config, const char *origin, const ch
                      (int)length, name);
 }
 
-// --- the command line
-// -----------------------------------------------------------------------------------------
+// --- the command line ---
 
 struct words {
     int argc;
@@ -334,8 +331,7 @@ static bool asks_for_help(int argc, char **argv)
     return false;
 }
 
-// --- the file and the environment
-// -----------------------------------------------------------------------------
+// --- the file and the environment ---
 
 static char *trim(char *text)
 {
@@ -450,8 +446,7 @@ static int read_defaults(struct config *config, struct error *error)
     return status;
 }
 
-// --- the whole
-// ------------------------------------------------------------------------------------------------
+// --- the whole ---
 
 int config_parse(struct config **out, const struct option *options, int argc, char **argv,
                  struct error *error)
@@ -557,8 +552,7 @@ bool config_wants_help(const struct config *config)
     return config->help;
 }
 
-// --- help
-// -----------------------------------------------------------------------------------------------------
+// --- help ---
 
 // Prints `text` from column `at`, continuing lines at `indent`; ends the line. Newlines stay, and a line that
 // begins with a space is an example: it is printed as it is.

@@ -31,8 +31,7 @@ struct gguf {
     uint64_t fingerprint;
 };
 
-// --- names
-// --------------------------------------------------------------------------------------------------
+// --- names ---
 
 static int compare_strings(const struct gguf_string *a, const struct gguf_string *b)
 {
@@ -94,8 +93,7 @@ void name_index_free(struct name_index *index)
     *index = (struct name_index){0};
 }
 
-// --- parts
-// --------------------------------------------------------------------------------------------------
+// --- parts ---
 
 static int map_file(struct gguf_part *part, const char *path, struct error *error)
 {
@@ -203,8 +201,7 @@ static int open_parts(struct gguf *gguf, const char *path, struct error *error)
     return status;
 }
 
-// --- the whole
-// ----------------------------------------------------------------------------------------------
+// --- the whole ---
 
 static int join_tensors(struct gguf *gguf, struct error *error)
 {
@@ -322,8 +319,7 @@ void gguf_close(struct gguf *gguf)
     free(gguf);
 }
 
-// --- look-ups
-// -----------------------------------------------------------------------------------------------
+// --- look-ups ---
 
 const char *gguf_path(const struct gguf *gguf)
 {

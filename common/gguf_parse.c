@@ -96,8 +96,7 @@ size_t gguf_kind_bytes(uint32_t kind)
     }
 }
 
-// --- the header
-// ---------------------------------------------------------------------------------------------
+// --- the header ---
 
 static int refuse_magic(const struct gguf_part *part, struct error *error)
 {
@@ -166,8 +165,7 @@ static int read_header(struct gguf_part *part, struct cursor *cursor, struct err
     return STATUS_OK;
 }
 
-// --- metadata
-// -----------------------------------------------------------------------------------------------
+// --- metadata ---
 
 static int refuse_end(struct gguf_string key, struct error *error)
 {
@@ -282,8 +280,7 @@ static int read_alignment(struct gguf_part *part, struct error *error)
     return STATUS_OK;
 }
 
-// --- the tensor table
-// ---------------------------------------------------------------------------------------
+// --- the tensor table ---
 
 static int refuse_type(const struct gguf_tensor *tensor, struct error *error)
 {

@@ -46,8 +46,7 @@ static const char *key_of(struct reader *reader, const char *suffix)
     return reader->key;
 }
 
-// --- metadata
-// -------------------------------------------------------------------------------------------------
+// --- metadata ---
 
 // A number that may also stand as an array with one entry a layer; layers must agree.
 static int get_u32(struct reader *reader, const char *key, uint32_t *out)
@@ -272,8 +271,7 @@ static void read_dimensions(struct reader *reader, const struct family *family, 
         utf8_copy_clean(spec->name, sizeof(spec->name), name.bytes, name.length);
 }
 
-// --- the tensor table
-// -----------------------------------------------------------------------------------------
+// --- the tensor table ---
 
 static void read_parts(struct reader *reader, struct model_spec *spec)
 {

@@ -116,8 +116,7 @@ uint32_t step_plan_positions(const struct step_plan *plan)
     return sum > UINT32_MAX ? UINT32_MAX : (uint32_t)sum;
 }
 
-// --- validation
-// ---------------------------------------------------------------------------------------------------
+// --- validation ---
 
 static bool range_fits(uint32_t first, uint32_t count, uint32_t size)
 {
@@ -253,8 +252,7 @@ int step_plan_validate(const struct step_plan *plan, const struct step_bounds *b
     return status;
 }
 
-// --- results
-// ------------------------------------------------------------------------------------------------------
+// --- results ---
 
 void step_result_init(struct step_result *result)
 {

@@ -106,8 +106,7 @@ struct step_bounds {
 // Checks every index and bound that can be checked without history. STATUS_CORRUPT with a sentence.
 int step_plan_validate(const struct step_plan *plan, const struct step_bounds *bounds, struct error *error);
 
-// --- results: from the last stage back to the coordinator
-// -------------------------------------------------------
+// --- results: from the last stage back to the coordinator ---
 
 struct token_logprob {
     int32_t token;

@@ -100,7 +100,7 @@ const int32_t *tokenizer_end_tokens(const struct tokenizer *tokenizer, size_t *c
     return tokenizer->end_tokens;
 }
 
-// --- lists of ids ------------------------------------------------------------------------------------------
+// --- lists of ids ---
 
 void token_list_free(struct token_list *list)
 {
@@ -122,7 +122,7 @@ int token_list_push(struct token_list *list, int32_t id)
     return 0;
 }
 
-// --- encoding ----------------------------------------------------------------------------------------------
+// --- encoding ---
 
 int encode_byte(struct encode_job *job, unsigned char byte)
 {

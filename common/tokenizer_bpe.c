@@ -62,7 +62,7 @@ int bpe_append_bytes(struct tokenizer *tokenizer, const char *text, size_t lengt
     return 0;
 }
 
-// --- merges ------------------------------------------------------------------------------------------------
+// --- merges ---
 
 // The pair's slot: where it is, or the free one where it belongs.
 static struct merge_pair *pair_slot(const struct tokenizer *tokenizer, uint32_t left, uint32_t right)
@@ -176,7 +176,7 @@ bool bpe_merges_make(const struct gguf_value *merges, const char *text, size_t l
     return false;
 }
 
-// --- encoding ----------------------------------------------------------------------------------------------
+// --- encoding ---
 
 static uint32_t bpe_rule(const struct tokenizer *tokenizer, const struct merge_node *left,
                          const struct merge_node *right, const char *bytes, size_t length, uint32_t *merged)

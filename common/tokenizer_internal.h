@@ -11,7 +11,7 @@
 #include "common/status.h"
 #include "common/tokenizer.h"
 
-// --- strings by number (string_pool.c) ---------------------------------------------------------------------
+// --- strings by number (string_pool.c) ---
 
 struct string_pool {
     char *bytes;
@@ -51,7 +51,7 @@ void string_index_free(struct string_index *index);
 uint32_t string_index_find(const struct string_index *index, const void *bytes, size_t length);
 int string_index_put(struct string_index *index, uint32_t number); // does nothing when the bytes are there
 
-// --- merging (tokenizer_merge.c) ---------------------------------------------------------------------------
+// --- merging (tokenizer_merge.c) ---
 
 #define NO_RANK UINT32_MAX
 
@@ -84,7 +84,7 @@ void merge_run(struct merge_work *work, const struct tokenizer *tokenizer, const
                merge_rule *rule);
 void merge_free(struct merge_work *work);
 
-// --- pre-tokenizers (tokenizer_pre.c) ----------------------------------------------------------------------
+// --- pre-tokenizers (tokenizer_pre.c) ---
 
 struct pre_tokenizer; // compiled expressions, immutable
 
@@ -103,7 +103,7 @@ int pre_tokenizer_split(const struct pre_tokenizer *pre, const char *text, size_
                         int (*word)(void *context, const char *bytes, size_t length), void *context,
                         struct error *error);
 
-// --- the tokenizer -----------------------------------------------------------------------------------------
+// --- the tokenizer ---
 
 enum tokenizer_family { FAMILY_NONE, FAMILY_BPE, FAMILY_SPM };
 

@@ -144,7 +144,7 @@ static int load_kinds(struct tokenizer *tokenizer, const struct gguf *gguf, stru
     return 0;
 }
 
-// --- special tokens ----------------------------------------------------------------------------------------
+// --- special tokens ---
 
 static int add_end_token(struct tokenizer *tokenizer, int32_t id, struct error *error)
 {
@@ -230,7 +230,7 @@ static int load_special_ids(struct tokenizer *tokenizer, const struct gguf *gguf
     return status;
 }
 
-// --- pieces: what tokens decode to -------------------------------------------------------------------------
+// --- pieces: what tokens decode to ---
 
 // The byte that a byte token's text <0xHH> names, -1 when it is no such text.
 static int named_byte(const char *text, size_t length)
@@ -302,7 +302,7 @@ static int load_pieces(struct tokenizer *tokenizer, struct error *error)
     return 0;
 }
 
-// --- the two families --------------------------------------------------------------------------------------
+// --- the two families ---
 
 static int load_bpe(struct tokenizer *tokenizer, const struct gguf *gguf, struct error *error)
 {

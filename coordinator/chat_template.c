@@ -56,7 +56,7 @@ struct chat_template {
     struct error broken; // the template does not compile: said once and for all
 };
 
-// --- the helper process ------------------------------------------------------------------------------------
+// --- the helper process ---
 
 static void helper_stop(struct chat_template *chat)
 {
@@ -266,7 +266,7 @@ static int helper_start(struct chat_template *chat, struct error *error)
     return status;
 }
 
-// --- jobs --------------------------------------------------------------------------------------------------
+// --- jobs ---
 
 // One try at one job. STATUS_IO: the helper died meanwhile.
 static int attempt(struct chat_template *chat, const struct job *job, json_t **answer, struct error *error)
@@ -334,7 +334,7 @@ static void *run(void *context)
     return NULL;
 }
 
-// --- the interface -----------------------------------------------------------------------------------------
+// --- the interface ---
 
 // chat_template.py beside the running program.
 static char *default_helper(void)

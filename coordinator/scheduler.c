@@ -28,8 +28,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-// --- the whole
-// ------------------------------------------------------------------------------------------------------
+// --- the whole ---
 
 static uint32_t power_of_two(uint32_t least)
 {
@@ -112,8 +111,7 @@ void scheduler_free(struct scheduler *s)
     free(s);
 }
 
-// --- requests by id
-// ---------------------------------------------------------------------------------------------------
+// --- requests by id ---
 
 static struct entry **bucket_of(const struct scheduler *s, uint64_t id)
 {
@@ -138,8 +136,7 @@ void scheduler_forget(struct scheduler *s, struct entry *entry)
     free(entry);
 }
 
-// --- deadlines: a heap
-// ------------------------------------------------------------------------------------------------
+// --- deadlines: a heap ---
 
 static void deadline_place(struct scheduler *s, uint32_t index, struct entry *entry)
 {
@@ -212,8 +209,7 @@ int64_t scheduler_wake_us(const struct scheduler *s)
     return s->n_deadlines > 0 ? s->deadlines[0]->spec->deadline_us : INT64_MAX;
 }
 
-// --- sequences
-// --------------------------------------------------------------------------------------------------------
+// --- sequences ---
 
 // Puts a sequence where it belongs now: in the ring when it may decode, in its request's stalled list when
 // only credit is missing, in neither when all its draws are planned.
@@ -271,8 +267,7 @@ void scheduler_release_choice(struct scheduler *s, struct entry *entry, uint32_t
     entry->choices[choice].slot = NO_SLOT;
 }
 
-// --- ends
-// -------------------------------------------------------------------------------------------------------------
+// --- ends ---
 
 static void announce_choice_end(struct scheduler *s, struct entry *entry, uint32_t choice,
                                 enum finish_reason finish, int32_t matched_id)
@@ -352,8 +347,7 @@ void scheduler_credit(struct scheduler *s, uint64_t request, uint32_t tokens)
         scheduler_wake(s, entry);
 }
 
-// --- beginnings
-// -------------------------------------------------------------------------------------------------------
+// --- beginnings ---
 
 // Whether an idle scheduler could hold it: STATUS_EXHAUSTED with the numbers when not.
 static int check_fit(const struct scheduler *s, const struct request *request, struct error *error)
@@ -415,8 +409,7 @@ int scheduler_submit(struct scheduler *s, struct request *request, int64_t now_u
     return STATUS_OK;
 }
 
-// --- the pool
-// ---------------------------------------------------------------------------------------------------------
+// --- the pool ---
 
 void scheduler_pool_lost(struct scheduler *s, const char *text, int64_t now_us)
 {

@@ -12,8 +12,7 @@
 #include "coordinator/kv_ledger.h"
 #include "coordinator/scheduler.h"
 
-// --- lists whose nodes lie in their members
-// ---------------------------------------------------------------------
+// --- lists whose nodes lie in their members ---
 
 struct node {
     struct node *previous, *next;
@@ -49,8 +48,7 @@ static inline void chain_remove(struct node *node) // from whichever list it is 
     node->chain = NULL;
 }
 
-// --- requests, choices, sequences
-// ---------------------------------------------------------------------------------
+// --- requests, choices, sequences ---
 
 enum { NO_SLOT = UINT32_MAX, NO_DEADLINE = UINT32_MAX };
 
@@ -103,8 +101,7 @@ struct sequence {
 
 enum { MAX_AHEAD = 2 }; // one row computing, one queued behind it
 
-// --- steps in flight
-// ------------------------------------------------------------------------------------------------
+// --- steps in flight ---
 
 struct flight_row {
     uint32_t slot, generation;
@@ -120,8 +117,7 @@ struct flight {
     struct flight_row *rows; // [n_slots]
 };
 
-// --- events to the caller
-// -------------------------------------------------------------------------------------------
+// --- events to the caller ---
 
 struct queued_event {
     enum scheduler_event_kind kind;
@@ -147,8 +143,7 @@ struct event_queue {
     struct entry *retired; // its REQUEST_END was taken: freed when the next event is
 };
 
-// --- the whole
-// --------------------------------------------------------------------------------------------------------
+// --- the whole ---
 
 struct scheduler {
     struct scheduler_options options;

@@ -56,8 +56,7 @@ struct build {
     struct entry *failed; // memory ran out for its row: nothing is added after it
 };
 
-// --- commands
-// ---------------------------------------------------------------------------------------------------------
+// --- commands ---
 
 static bool add_closes(struct build *b)
 {
@@ -155,8 +154,7 @@ static bool provide_pages(struct build *b, struct sequence *sequence, uint32_t e
     return changed == sequence->table.count || add_pages(b, sequence, changed);
 }
 
-// --- rows
-// -------------------------------------------------------------------------------------------------------------
+// --- rows ---
 
 static bool opens_fit(const struct build *b, const struct sequence *sequence, uint32_t end)
 {
@@ -289,8 +287,7 @@ static enum outcome plan_chunk(struct build *b, struct entry *entry, int64_t now
     return PLANNED;
 }
 
-// --- admission
-// --------------------------------------------------------------------------------------------------------
+// --- admission ---
 
 static bool next_fits(const struct scheduler *s)
 {
@@ -321,8 +318,7 @@ static struct entry *admit_next(struct scheduler *s)
     return entry;
 }
 
-// --- the step
-// ---------------------------------------------------------------------------------------------------------
+// --- the step ---
 
 static bool is_early(const struct build *b, const struct sequence *sequence)
 {

@@ -7,8 +7,7 @@
 
 #include <stdlib.h>
 
-// --- the check
-// --------------------------------------------------------------------------------------------------------
+// --- the check ---
 
 static int corrupt(struct error *error, const struct flight *flight, uint32_t row, const char *what)
 {
@@ -91,8 +90,7 @@ static int check_result(const struct scheduler *s, const struct step_result *res
     return STATUS_OK;
 }
 
-// --- what it means
-// ----------------------------------------------------------------------------------------------------
+// --- what it means ---
 
 static void emit_scores(struct scheduler *s, struct entry *entry, const struct flight_row *row,
                         const struct step_result *result, uint32_t first)

@@ -26,8 +26,7 @@
 #include "common/step_plan.h"
 #include "kernels/device.h"
 
-// --- operands
-// ---------------------------------------------------------------------------------------------------
+// --- operands ---
 
 // A quantized matrix in the device's own layout. out[n] = sum over k of w[n][k] * x[k].
 struct matrix {
@@ -97,8 +96,7 @@ struct qkv_args { // of attn_prepare: q, k, v are rows of [T][stride]
         *rope_frequency; // [rope_dims / 2] [device]: radians per position, factors and scaling included
 };
 
-// --- sampling
-// ---------------------------------------------------------------------------------------------------
+// --- sampling ---
 
 struct sampler; // the sampling state of every slot: parameters, counts of tokens seen
 
@@ -133,8 +131,7 @@ struct score_row { // a prompt logprob
     uint32_t top, top_first;
 };
 
-// --- the table
-// --------------------------------------------------------------------------------------------------
+// --- the table ---
 
 struct kernel_ops {
     const char *name; // "portable", "avx2", "avx512", "cuda"

@@ -100,8 +100,7 @@ static uint32_t most(uint32_t a, uint32_t b)
     return a > b ? a : b;
 }
 
-// --- one page
-// --------------------------------------------------------------------------------------------------
+// --- one page ---
 
 // Weighted values of `n` queries that may see different parts of the page: what all see together, the rest
 // one by one, each in ascending order.
@@ -170,8 +169,7 @@ static void visit_page(const struct attention_args *args, const struct attention
     }
 }
 
-// --- one part
-// --------------------------------------------------------------------------------------------------
+// --- one part ---
 
 // Which of the item's rows see anything of positions [from, to): a run, because positions ascend. For each of
 // their queries, the range within the page that begins at `from`.
@@ -244,8 +242,7 @@ static void store_tile(const struct attention_args *args, const struct attention
     }
 }
 
-// --- tasks
-// -----------------------------------------------------------------------------------------------------
+// --- tasks ---
 
 static float *part_states(const struct attention_args *args, const struct attention_item *item, uint32_t head)
 {
@@ -300,8 +297,7 @@ static void store_rows(void *context, uint32_t task, uint32_t worker)
     cpu_activation_store_row(args->device, args->out, task, args->heads + (size_t)task * args->out->width);
 }
 
-// --- planning
-// --------------------------------------------------------------------------------------------------
+// --- planning ---
 
 // Goes through the tiles in order, and lists them (their parts, if `split`) in `items` when that is not NULL.
 // Returns how many entries there are, and in *rows the sum of their rows.

@@ -16,8 +16,7 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 
-// --- levels
-// -------------------------------------------------------------------------------------------------
+// --- levels ---
 
 static uint32_t best_level(uint32_t index)
 {
@@ -46,8 +45,7 @@ static uint32_t all_cores(void)
     return count < 1 ? 1 : count > CPU_MAX_THREADS ? CPU_MAX_THREADS : (uint32_t)count;
 }
 
-// --- open and close
-// -----------------------------------------------------------------------------------------
+// --- open and close ---
 
 static void close_device(struct device *device)
 {
@@ -100,8 +98,7 @@ static const char *describe(const struct device *device)
     return ((const struct cpu_device *)device)->description;
 }
 
-// --- memory
-// -------------------------------------------------------------------------------------------------
+// --- memory ---
 
 // The number after `key` (or the first one, for NULL) in a file of the kernel's; false when there is none.
 static bool read_number(const char *path, const char *key, uint64_t *out)

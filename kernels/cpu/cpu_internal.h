@@ -20,8 +20,7 @@
 #include "common/tensor_type.h"
 #include "kernels/device_internal.h"
 
-// --- the device
-// -------------------------------------------------------------------------------------------------
+// --- the device ---
 
 struct cpu_pool;
 
@@ -53,8 +52,7 @@ static inline struct cpu_device *cpu_device_of(struct device *device)
 // Remembers a fault for `sync`.
 void cpu_device_fault(struct cpu_device *device, int status, const char *sentence);
 
-// --- threads
-// ----------------------------------------------------------------------------------------------------
+// --- threads ---
 
 // Runs body(args, task, worker) for every task in [0, n_tasks), on the device's threads; returns when all are
 // done. Tasks go to whichever worker is free, so a task must write only what no other task reads or writes,
@@ -85,8 +83,7 @@ void *cpu_buffer(struct cpu_device *device, enum cpu_buffer_use use, size_t byte
 int cpu_pool_open(struct cpu_pool **out, uint32_t threads, struct error *error);
 void cpu_pool_close(struct cpu_pool *pool);
 
-// --- numbers
-// ----------------------------------------------------------------------------------------------------
+// --- numbers ---
 
 static inline uint32_t cpu_float_bits(float value)
 {
@@ -144,8 +141,7 @@ static inline uint16_t cpu_f32_to_f16(float value)
 // once per product and once per sum (for all but the *_1 and the K types, exact).
 void cpu_dequantize_row(uint32_t type, const void *source, float *out, uint32_t width);
 
-// --- activations
-// ------------------------------------------------------------------------------------------------
+// --- activations ---
 
 // matrix_forms: what a matmul reads. Portable: floats for every type.
 enum { FORM_F32 = 1, FORM_Q8 = 2 };
@@ -200,8 +196,7 @@ static inline void cpu_activation_store_span(struct cpu_device *device, const st
     device->store_span(activation, row, first, count, values);
 }
 
-// --- the op tables
-// ----------------------------------------------------------------------------------------------
+// --- the op tables ---
 
 // cpu_ops.c
 const struct kernel_ops *cpu_ops_of_level(uint32_t level);

@@ -14,8 +14,7 @@ size_t cpu_kv_page_bytes(const struct device *device, uint32_t n_kv_heads, uint3
     return n_kv_heads * kv_head_stride(head_size) * sizeof(uint16_t);
 }
 
-// --- angles
-// -----------------------------------------------------------------------------------------------------
+// --- angles ---
 
 // x - n pi/2 with pi/2 in two parts, of which n times the first is exact; then Taylor's series for at most
 // pi/4. Absolute error below 1e-13 up to 2^20 radians.
@@ -98,8 +97,7 @@ static bool prepare_angles(struct prepare_args *args, uint32_t n_tasks)
     return true;
 }
 
-// --- rows
-// ------------------------------------------------------------------------------------------------------
+// --- rows ---
 
 static void prepare_head(const struct prepare_args *args, uint32_t t, float *x, const float *norm)
 {

@@ -28,8 +28,7 @@ size_t cpu_activation_bytes(const struct device *device, uint32_t width, uint32_
     return (layout.float_stride * 4 + layout.q8_stride) * rows;
 }
 
-// --- packing
-// ------------------------------------------------------------------------------------------------
+// --- packing ---
 
 static void put_word(uint8_t *vector, uint32_t row, uint32_t word)
 {

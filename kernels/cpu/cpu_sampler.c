@@ -48,8 +48,7 @@ static const struct vocab_scan *scan_of(const struct cpu_device *device)
                                          : &vocab_scan_portable;
 }
 
-// --- tokens seen
-// ------------------------------------------------------------------------------------------------
+// --- tokens seen ---
 
 static struct seen_token *seen_find(const struct seen_table *seen, int32_t token)
 {
@@ -92,8 +91,7 @@ static void seen_add(struct seen_table *seen, int32_t token, bool output)
     entry->outputs += output;
 }
 
-// --- slots
-// ------------------------------------------------------------------------------------------------------
+// --- slots ---
 
 int cpu_sampler_new(struct sampler **out, struct device *device, uint32_t n_slots, uint32_t vocab,
                     struct error *error)
@@ -179,8 +177,7 @@ int cpu_sampler_open(struct device *device, struct sampler *sampler, uint32_t sl
     return 0;
 }
 
-// --- sample
-// -----------------------------------------------------------------------------------------------------
+// --- sample ---
 
 struct sample_args {
     struct cpu_device *device;
@@ -305,8 +302,7 @@ void cpu_sample(struct device *device, struct sampler *sampler, const float *log
     cpu_parallel(args.device, sample_one, &args, n_rows);
 }
 
-// --- score
-// ------------------------------------------------------------------------------------------------------
+// --- score ---
 
 struct score_args {
     struct cpu_device *device;

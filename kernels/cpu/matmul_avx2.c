@@ -15,8 +15,7 @@
 
 enum { MAX_COLUMNS = 4 };
 
-// --- codes
-// --------------------------------------------------------------------------------------------------
+// --- codes ---
 
 ALWAYS_INLINE __m256i load(const uint8_t *p)
 {
@@ -53,8 +52,7 @@ ALWAYS_INLINE __m256i load_group(const uint8_t *p, const int bits, const int g)
     return bits == 3 ? merge(q, load(p + 128), 2 - g, 0x04) : q;
 }
 
-// --- sums
-// ---------------------------------------------------------------------------------------------------
+// --- sums ---
 
 ALWAYS_INLINE const struct cpu_q8_block *block_of(const struct tile_call *call, int column, uint32_t index)
 {
@@ -196,8 +194,7 @@ ALWAYS_INLINE void add_two_groups(const struct tile_call *call, const struct cpu
     }
 }
 
-// --- tiles
-// --------------------------------------------------------------------------------------------------
+// --- tiles ---
 
 ALWAYS_INLINE void sum_32(const struct tile_call *call, const struct cpu_type form, const int columns,
                           __m256 total[2][MAX_COLUMNS])

@@ -14,8 +14,7 @@
 
 enum { MAX_COLUMNS = 8 };
 
-// --- codes
-// --------------------------------------------------------------------------------------------------
+// --- codes ---
 
 // Shifts 16-bit lanes left (or right when negative) by a constant; the bits that cross bytes are masked away
 // by the caller.
@@ -48,8 +47,7 @@ ALWAYS_INLINE __m512i load_group(const uint8_t *p, const int bits, const int g)
     return bits == 3 ? merge(q, _mm512_load_si512(p + 128), 2 - g, 0x04) : q;
 }
 
-// --- sums
-// ---------------------------------------------------------------------------------------------------
+// --- sums ---
 
 ALWAYS_INLINE const struct cpu_q8_block *block_of(const struct tile_call *call, int column, uint32_t index)
 {
@@ -163,8 +161,7 @@ ALWAYS_INLINE void add_two_groups(const struct tile_call *call, const struct cpu
     }
 }
 
-// --- tiles
-// --------------------------------------------------------------------------------------------------
+// --- tiles ---
 
 ALWAYS_INLINE void sum_32(const struct tile_call *call, const struct cpu_type form, const int columns,
                           __m512 *total)

@@ -76,8 +76,7 @@ void cpu_store_span_avx2(const struct activation *activation, uint32_t row, uint
         store_block(block, values + i, count - i < 32 ? count - i : 32);
 }
 
-// --- norm
-// ---------------------------------------------------------------------------------------------------
+// --- norm ---
 
 static double sum_lanes(__m256d a, __m256d b)
 {
@@ -134,8 +133,7 @@ void cpu_norm_avx2(struct device *device, struct activation *out, const float *x
     cpu_norm_rows(&args, rows);
 }
 
-// --- activation functions
-// -----------------------------------------------------------------------------------
+// --- activation functions ---
 
 // x / (1 + e^-y): silu for y = x, and GELU's tanh form for y = 2 sqrt(2 / pi) (x + 0.044715 x^3).
 static inline __m256 gate(__m256 x, __m256 y)

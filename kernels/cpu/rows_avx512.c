@@ -45,8 +45,7 @@ void cpu_store_span_avx512(const struct activation *activation, uint32_t row, ui
         store_block(block, values + i, count - i < 32 ? count - i : 32);
 }
 
-// --- norm
-// ---------------------------------------------------------------------------------------------------
+// --- norm ---
 
 static double sum_lanes(__m512d a, __m512d b)
 {
@@ -107,8 +106,7 @@ void cpu_norm_avx512(struct device *device, struct activation *out, const float 
     cpu_norm_rows(&args, rows);
 }
 
-// --- activation functions
-// -----------------------------------------------------------------------------------
+// --- activation functions ---
 
 // x / (1 + e^-y): silu for y = x, and GELU's tanh form for y = 2 sqrt(2 / pi) (x + 0.044715 x^3).
 static inline __m512 gate(__m512 x, __m512 y)

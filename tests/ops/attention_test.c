@@ -61,8 +61,7 @@ static void outputs_free(struct outputs *outputs)
         free(outputs->rows[s]);
 }
 
-// --- one run of the ops
-// ----------------------------------------------------------------------------------------
+// --- one run of the ops ---
 
 struct stage {
     struct device *device;
@@ -204,8 +203,7 @@ static struct outputs run_world(const struct world *world, const struct run_opti
     return outputs;
 }
 
-// --- checks
-// ----------------------------------------------------------------------------------------------------
+// --- checks ---
 
 static void reference_row(const struct world *world, uint32_t s, uint32_t position, uint32_t head,
                           double *out)

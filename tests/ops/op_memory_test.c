@@ -49,8 +49,7 @@ static void count_from_here(uint64_t fails_at)
     counting = true;
 }
 
-// --- attention
-// --------------------------------------------------------------------------------------------------
+// --- attention ---
 
 // Heads of 40, so that rows wait in a buffer; a context of several parts, so that those do too.
 enum { HEADS = 4, KV_HEADS = 2, SIZE = 40, CONTEXT = 1100, TOKENS = 9, PAGES = (CONTEXT + 63) / 64 };
@@ -166,8 +165,7 @@ START_TEST(test_attention)
 }
 END_TEST
 
-// --- sampler
-// ----------------------------------------------------------------------------------------------------
+// --- sampler ---
 
 enum { VOCAB = 400, HISTORY = 100 };
 

@@ -4,8 +4,7 @@
 #include "kernels/random_stream.h"
 #include "tests/ops/op_fixture.h"
 
-// --- one call of sample with everything around it
-// --------------------------------------------------------------
+// --- one call of sample with everything around it ---
 
 struct bench {
     struct device *device;
@@ -67,8 +66,7 @@ static int32_t bench_one(struct bench *bench, uint32_t slot, const float *logits
     return token;
 }
 
-// --- the contract, simply
-// --------------------------------------------------------------------------------------
+// --- the contract, simply ---
 
 struct ranked {
     double logit, probability;
@@ -175,8 +173,7 @@ done:
     return token;
 }
 
-// --- random requests
-// -------------------------------------------------------------------------------------------
+// --- random requests ---
 
 enum { MOST_HISTORY = 64, MOST_BIASES = 8, MOST_BANNED = 4 };
 
@@ -346,8 +343,7 @@ START_TEST(test_distribution)
 }
 END_TEST
 
-// --- the same tokens whatever happens around
-// -------------------------------------------------------------------
+// --- the same tokens whatever happens around ---
 
 enum { CROWD = 13, CROWD_VOCAB = 777, CROWD_STEPS = 12 };
 
@@ -572,8 +568,7 @@ START_TEST(test_long_history)
 }
 END_TEST
 
-// --- logprobs
-// --------------------------------------------------------------------------------------------------
+// --- logprobs ---
 
 static double reference_logprob(const float *logits, uint32_t vocab, int32_t token)
 {

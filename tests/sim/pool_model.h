@@ -23,8 +23,7 @@
             ck_abort_msg(__VA_ARGS__);                                                                       \
     } while (0)
 
-// --- the fake model
-// -------------------------------------------------------------------------------------------------
+// --- the fake model ---
 
 static inline uint64_t mix(uint64_t hash, uint64_t value)
 {
@@ -98,8 +97,7 @@ static inline struct token_logprob fake_top(uint64_t hash, uint32_t rank, uint32
     return (struct token_logprob){.token = token, .logprob = fake_logprob(hash, token)};
 }
 
-// --- the pool
-// ---------------------------------------------------------------------------------------------------------
+// --- the pool ---
 
 enum { MODEL_HISTORY = MAX_STEP_HISTORY + 1 };
 

@@ -86,8 +86,7 @@ static bool chance(struct sim *sim, uint32_t percent)
     return below(sim, 100) < percent;
 }
 
-// --- clients
-// ----------------------------------------------------------------------------------------------------------
+// --- clients ---
 
 static bool is_end(const struct request *spec, int32_t token)
 {
@@ -335,8 +334,7 @@ static void drain(struct sim *sim)
     }
 }
 
-// --- the pool
-// ---------------------------------------------------------------------------------------------------------
+// --- the pool ---
 
 static void pool_start(struct sim *sim)
 {
@@ -439,8 +437,7 @@ static void deliver_a_result(struct sim *sim)
                       "seed %llu: %s", (unsigned long long)sim->seed, error.text);
 }
 
-// --- the run
-// ----------------------------------------------------------------------------------------------------------
+// --- the run ---
 
 static void act_as_client(struct sim *sim)
 {

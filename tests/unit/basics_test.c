@@ -18,8 +18,7 @@
 #include "common/utf8.h"
 #include "tests/suite.h"
 
-// --- status
-// ---------------------------------------------------------------------------------------------------
+// --- status ---
 
 START_TEST(error_keeps_status_and_text)
 {
@@ -65,8 +64,7 @@ START_TEST(every_status_has_a_name)
 }
 END_TEST
 
-// --- arena
-// ----------------------------------------------------------------------------------------------------
+// --- arena ---
 
 static bool all_are(const unsigned char *bytes, size_t length, unsigned char value)
 {
@@ -116,8 +114,7 @@ START_TEST(arena_refuses_overflow)
 }
 END_TEST
 
-// --- queue
-// ----------------------------------------------------------------------------------------------------
+// --- queue ---
 
 START_TEST(queue_is_first_in_first_out_and_bounded)
 {
@@ -285,8 +282,7 @@ START_TEST(queue_loses_nothing_in_a_crowd)
 }
 END_TEST
 
-// --- log
-// ------------------------------------------------------------------------------------------------------
+// --- log ---
 
 // What log_write writes to standard error while `level` is the least level shown.
 static void logged(char *out, size_t capacity, int json, enum log_level least, enum log_level level,
@@ -363,8 +359,7 @@ START_TEST(log_levels_filter)
 }
 END_TEST
 
-// --- tensor types
-// ---------------------------------------------------------------------------------------------
+// --- tensor types ---
 
 START_TEST(tensor_types_are_consistent)
 {
@@ -392,8 +387,7 @@ START_TEST(tensor_types_are_consistent)
 }
 END_TEST
 
-// --- clock and text
-// -------------------------------------------------------------------------------------------
+// --- clock and text ---
 
 START_TEST(clock_moves_forward)
 {

@@ -115,8 +115,7 @@ START_TEST(test_scratch)
 }
 END_TEST
 
-// --- the pool
-// -----------------------------------------------------------------------------------------------
+// --- the pool ---
 
 enum { MOST_TASKS = 300 };
 
@@ -203,8 +202,7 @@ START_TEST(test_pool_sleeps)
 }
 END_TEST
 
-// --- numbers
-// ------------------------------------------------------------------------------------------------
+// --- numbers ---
 
 static double half_definition(uint32_t half)
 {

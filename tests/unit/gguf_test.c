@@ -90,8 +90,7 @@ static void refuse_file(const char *name, int status, const char *part)
     ck_assert_msg(strstr(error.text, folder) != NULL, "no path in '%s'", error.text);
 }
 
-// --- what a good file gives
-// -----------------------------------------------------------------------------------
+// --- what a good file gives ---
 
 START_TEST(reads_every_scalar)
 {
@@ -326,8 +325,7 @@ START_TEST(fingerprint_follows_header_and_size)
 }
 END_TEST
 
-// --- what is refused
-// ------------------------------------------------------------------------------------------
+// --- what is refused ---
 
 START_TEST(refuses_what_is_no_gguf)
 {
@@ -517,8 +515,7 @@ START_TEST(sentences_are_fit_for_a_terminal)
 }
 END_TEST
 
-// --- files
-// ----------------------------------------------------------------------------------------------------
+// --- files ---
 
 START_TEST(maps_a_file_without_reading_tensors)
 {

@@ -157,8 +157,7 @@ static struct scheduler_stats stats(void)
     return out;
 }
 
-// --- submission
-// -------------------------------------------------------------------------------------------------------
+// --- submission ---
 
 #define REFUSE(request_expression, expected, words)                                                          \
     do {                                                                                                     \
@@ -243,8 +242,7 @@ START_TEST(the_oldest_is_admitted_first)
 }
 END_TEST
 
-// --- one sequence
-// -----------------------------------------------------------------------------------------------------
+// --- one sequence ---
 
 START_TEST(a_step_is_planned_ahead_of_its_token)
 {
@@ -387,8 +385,7 @@ START_TEST(an_open_says_what_sampling_needs)
 }
 END_TEST
 
-// --- prompts
-// ----------------------------------------------------------------------------------------------------------
+// --- prompts ---
 
 START_TEST(prompts_are_read_in_chunks_beside_decodes)
 {
@@ -483,8 +480,7 @@ START_TEST(prompt_scores_come_in_order)
 }
 END_TEST
 
-// --- choices
-// ----------------------------------------------------------------------------------------------------------
+// --- choices ---
 
 START_TEST(choices_fork_after_their_first_tokens)
 {
@@ -581,8 +577,7 @@ START_TEST(a_stop_takes_back_what_was_not_taken)
 }
 END_TEST
 
-// --- credit, cancellation, deadlines
-// ----------------------------------------------------------------------------------
+// --- credit, cancellation, deadlines ---
 
 START_TEST(a_slow_reader_pauses_only_itself)
 {
@@ -678,8 +673,7 @@ START_TEST(deadlines_end_requests_wherever_they_are)
 }
 END_TEST
 
-// --- the pool
-// ---------------------------------------------------------------------------------------------------------
+// --- the pool ---
 
 START_TEST(a_lost_pool_ends_what_ran_and_keeps_what_waits)
 {

@@ -296,7 +296,7 @@ START_TEST(without_a_vocabulary_ids_pass)
 }
 END_TEST
 
-// --- against a naive model ---------------------------------------------------------------------------------
+// --- against a naive model ---
 
 static uint64_t seed;
 

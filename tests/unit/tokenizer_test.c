@@ -68,7 +68,7 @@ static void check_tokens(const struct tokenizer *tokenizer, const char *text, un
     token_list_free(&list);
 }
 
-// --- byte-level BPE ----------------------------------------------------------------------------------------
+// --- byte-level BPE ---
 
 START_TEST(bpe_merges_by_rank)
 {
@@ -292,7 +292,7 @@ START_TEST(ill_formed_text_keeps_its_bytes)
 }
 END_TEST
 
-// --- SentencePiece -----------------------------------------------------------------------------------------
+// --- SentencePiece ---
 
 START_TEST(spm_merges_by_score)
 {
@@ -377,7 +377,7 @@ START_TEST(phi3_special_tokens_take_white_space_along)
 }
 END_TEST
 
-// --- threads -----------------------------------------------------------------------------------------------
+// --- threads ---
 
 static void *encode_often(void *context)
 {
@@ -411,7 +411,7 @@ START_TEST(threads_share_a_tokenizer)
 }
 END_TEST
 
-// --- metadata ----------------------------------------------------------------------------------------------
+// --- metadata ---
 
 START_TEST(end_tokens_are_found)
 {
