@@ -1,5 +1,5 @@
 #!/usr/bin/python3
-"""A gRPC client that knows only server reflection: it has no .proto file and no generated code of the services it calls.
+"""A gRPC client that knows only server reflection: no .proto file, no generated code of the services it calls.
 
     reflection_client.py [--v1alpha] ADDRESS list
     reflection_client.py [--v1alpha] ADDRESS describe SYMBOL
