@@ -175,7 +175,7 @@ def test_long_prompt_logprobs_come_in_parts(server):
     tokens = [(i * 37) % 50000 for i in range(server.client.model().context // e2e.SLOW)]
     responses = list(server.client.stream(request(tokens=tokens, max_tokens=0, prompt_logprobs=True, top_logprobs=20)))
     assert max(response.ByteSize() for response in responses) < 2_000_000
-    assert len(responses) > 2
+    assert len(responses) >= 2
     assert len(e2e.Answer(responses).prompt_logprobs) == len(tokens)
 
 
