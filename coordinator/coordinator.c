@@ -2,14 +2,14 @@
 // state, the pool, the steps in flight. gRPC threads, the template's thread and the signal thread leave news
 // in the rooms they belong to and ring the bell. The loop, `coordinator_run`, is the table of contents:
 //
-//   take_stop       is it time to go?
-//   take_pool       workers joined, loaded, left; results of steps         worker_pool -> scheduler
-//   publish_change  whether requests are welcome
-//   take_clients    new requests, room in streams, clients that left       service -> scheduler
-//   plan_steps      the next steps, while there is something to compute    scheduler -> pipeline -> workers
-//   take_outcomes   tokens, scores and ends, as responses                  scheduler -> answer -> service
-//   publish_now_and_then   the pool's picture for GetPool
-//   wait_for_news   for the bell, or for what is due next
+//   take_stop             is it time to go?
+//   take_pool             workers joined, loaded, left; results of steps       worker_pool -> scheduler
+//   publish_change        whether requests are welcome
+//   take_clients          new requests, room in streams, clients that left     service -> scheduler
+//   plan_steps            the next steps, while there is something to compute  scheduler -> pipeline
+//   take_outcomes         tokens, scores and ends, as responses                scheduler -> answer -> service
+//   publish_now_and_then  the picture that GetPool shows, figures for the log
+//   wait_for_news         for the bell, or for what is due next
 //
 // The rooms do not know each other: whatever passes between two of them passes through here.
 #include "coordinator/coordinator_internal.h"
@@ -159,7 +159,7 @@ static int send_response(void *call, const struct wire_generate_response *respon
     return service_send(call, response, tokens);
 }
 
-// Submits the order's request, which is the scheduler's from then on.
+// Hands the order's request to the scheduler.
 static int submit(struct coordinator *hall, struct stream *stream, struct service_order *order,
                   int64_t now_us, struct error *error)
 {
@@ -176,12 +176,14 @@ static int submit(struct coordinator *hall, struct stream *stream, struct servic
     service_set_tag(stream->call, stream->id);
     log_debug("request %s: %u prompt tokens, at most %u new, %u choices", order->request->name,
               order->request->n_prompt, order->request->max_tokens, order->request->n_choices);
-    hall->metrics.requests++;
-    hall->metrics.prompt_tokens += order->request->n_prompt;
+    uint32_t n_prompt = order->request->n_prompt;
     int status = scheduler_submit(hall->scheduler, order->request, now_us, error);
-    if (!status)
-        order->request = NULL;
-    return status;
+    if (status)
+        return status;
+    order->request = NULL; // the scheduler's now
+    hall->metrics.requests++;
+    hall->metrics.prompt_tokens += n_prompt;
+    return STATUS_OK;
 }
 
 static void start_request(struct coordinator *hall, struct service_call *call, struct service_order *order,
@@ -231,8 +233,10 @@ static void plan_steps(struct coordinator *hall, int64_t now_us)
     while (scheduler_plan(hall->scheduler, now_us, &hall->plan)) {
         if (!pipeline_send(hall->pipeline, &hall->plan, now_us, &error))
             continue;
-        log_error("step %" PRIu64 " was not sent: %s", hall->plan.number, error.text);
-        worker_pool_lose(hall->pool, -1, now_us, error.text);
+        if (error.status != STATUS_UNAVAILABLE) { // then the pool is lost already, and will say so
+            log_error("step %" PRIu64 " was not sent: %s", hall->plan.number, error.text);
+            worker_pool_lose(hall->pool, -1, now_us, error.text);
+        }
         return;
     }
 }
@@ -282,7 +286,7 @@ static bool take_outcomes(struct coordinator *hall, int64_t now_us)
         struct stream *stream = find_stream(hall, event.request);
         any = true;
         if (!stream)
-            continue; // refused at submission
+            continue; // its request was never taken
         if (event.kind == SCHEDULER_REQUEST_END)
             request_ended(hall, stream, &event, now_us);
         else
@@ -331,7 +335,6 @@ static void publish(struct coordinator *hall, int64_t now_us)
     describe(hall, &picture);
     service_publish_pool(hall->service, &picture);
     tell_readiness(hall);
-    metrics_log(&hall->metrics, now_us, picture.running, picture.waiting);
     hall->stale = false;
     hall->published_us = now_us;
 }
@@ -349,6 +352,11 @@ static void publish_now_and_then(struct coordinator *hall, int64_t now_us)
 {
     if (hall->stale && now_us - hall->published_us >= PUBLISH_EVERY_US)
         publish(hall, now_us);
+    if (now_us >= metrics_wake_us(&hall->metrics)) {
+        struct scheduler_stats stats;
+        scheduler_stats(hall->scheduler, &stats);
+        metrics_log(&hall->metrics, now_us, stats.slots_used, stats.waiting);
+    }
 }
 
 // --- the loop ---

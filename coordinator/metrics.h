@@ -15,8 +15,8 @@ struct metrics {
 };
 
 void metrics_init(struct metrics *metrics, int64_t now_us);
-// Writes a line when the last one is 10 s old and something happened since. `running`, `waiting`: right now.
+// The line since the last one, unless nothing was computed. `running`, `waiting`: right now.
 void metrics_log(struct metrics *metrics, int64_t now_us, uint32_t running, uint32_t waiting);
-int64_t metrics_wake_us(const struct metrics *metrics);
+int64_t metrics_wake_us(const struct metrics *metrics); // when the next line is due
 
 #endif

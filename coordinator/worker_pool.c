@@ -237,10 +237,12 @@ static void assign(struct worker_pool *pool, uint32_t stage)
 static void assemble(struct worker_pool *pool, int64_t now_us)
 {
     struct member *stages[MAX_STAGES];
-    if (now_us < pool->retry_at_us || !pool_deal(pool, stages))
+    if (now_us < pool->retry_at_us)
         return;
-    struct error error = {0};
     pool->retry_at_us = 0;
+    if (!pool_deal(pool, stages))
+        return; // somebody has to join first
+    struct error error = {0};
     if (pool_count_pages(&pool->options, &pool->plan, stages, &pool->n_pages, &error)) {
         if (strcmp(pool->problem, error.text) != 0)
             log_error("%s", error.text);
@@ -665,6 +667,8 @@ bool worker_pool_next_event(struct worker_pool *pool, int64_t now_us, struct wor
 
 int64_t worker_pool_wake_us(const struct worker_pool *pool)
 {
+    if (pool->announce_lost || pool->announce_ready)
+        return 0;
     int64_t wake = pool->tick_us;
     if (pool->grace_us && pool->grace_us < wake)
         wake = pool->grace_us;

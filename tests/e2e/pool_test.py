@@ -147,6 +147,26 @@ def test_a_stopped_worker_is_found_by_the_watchdog():
         assert generate(server, **GREEDY, max_tokens=4).ids
 
 
+def cpu_seconds(process):
+    fields = open(f"/proc/{process.process.pid}/stat").read().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_waiting_costs_nothing():
+    def check(what, *processes):
+        before = [cpu_seconds(p) for p in processes]
+        time.sleep(2)
+        spent = [cpu_seconds(p) - b for p, b in zip(processes, before)]
+        assert max(spent) < 0.1 * e2e.SLOW, f"{what}: {spent} of 2 s"
+    with Server(e2e.small_model(), workers=2) as server:
+        generate(server, **GREEDY, max_tokens=10)
+        check("ready", server.coordinator, *server.workers.values())
+        server.workers[1].kill()
+        server.workers[1].wait()
+        until(lambda: server.pool().state == pb.POOL_STATE_REASSEMBLING, "the pool notices")
+        check("a worker short", server.coordinator, server.workers[0])
+
+
 def test_a_worker_with_another_model_is_refused():
     with Server(e2e.small_model(), workers=1, start=False) as server:
         server.start_coordinator()

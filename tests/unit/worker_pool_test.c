@@ -575,6 +575,22 @@ START_TEST(a_failed_load_is_told_and_tried_again)
 }
 END_TEST
 
+START_TEST(waiting_is_not_spinning)
+{
+    open_pool((struct worker_pool_options){.n_workers = 1, .retry_us = 50000});
+    struct fake *fake = fake_join("a");
+    uint64_t epoch = fake_expect(fake, WIRE_ASSIGN).message.epoch;
+    fake_say(fake, &(struct wire_worker_message){.kind = WIRE_FAILED, .epoch = epoch, .text = "no luck"});
+    expect_state(WIRE_POOL_FAILED);
+    fake_leave(fake);
+    while (pool_count_joined(pool) > 0)
+        pump_once();
+    pump_for(100000); // past the back-off, and nobody is here to try with
+    ck_assert_int_gt(worker_pool_wake_us(pool), clock_now_us());
+    close_pool();
+}
+END_TEST
+
 START_TEST(one_that_failed_less_is_preferred)
 {
     open_pool((struct worker_pool_options){.n_workers = 1, .retry_us = 50000});
@@ -864,6 +880,7 @@ Suite *make_suite(void)
     tcase_add_test(tcase, workers_that_come_back_get_their_layers_back);
     tcase_add_test(tcase, silence_is_a_loss);
     tcase_add_test(tcase, a_failed_load_is_told_and_tried_again);
+    tcase_add_test(tcase, waiting_is_not_spinning);
     tcase_add_test(tcase, one_that_failed_less_is_preferred);
     tcase_add_test(tcase, the_broken_stream_explains_a_broken_link);
     tcase_add_test(tcase, what_does_not_fit_is_said_with_numbers);
