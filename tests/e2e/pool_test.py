@@ -2,8 +2,10 @@
 """The pool and its ends: start in any order, workers that die, hang, cannot load or do not belong, spares, draining,
 health."""
 import os
+import shutil
 import signal
 import socket
+import subprocess
 import threading
 import time
 
@@ -259,11 +261,15 @@ def test_a_coordinator_comes_back_to_its_workers():
         assert generate(server, **GREEDY, max_tokens=10).ids == before
 
 
-def test_tcp_ports():
+def free_addresses():
     with socket.socket() as probe, socket.socket() as other:
         probe.bind(("127.0.0.1", 0))
         other.bind(("127.0.0.1", 0))
-        client, pool = (f"127.0.0.1:{s.getsockname()[1]}" for s in (probe, other))
+        return [f"127.0.0.1:{s.getsockname()[1]}" for s in (probe, other)]
+
+
+def test_tcp_ports():
+    client, pool = free_addresses()
     with Server(e2e.small_model(), workers=2, start=False) as server:
         server.address, server.pool_address = client, pool
         server.start_coordinator()
@@ -272,6 +278,45 @@ def test_tcp_ports():
         server.wait_ready()
         assert server.coordinator.lines == [f"ready on {client}"]
         assert generate(server, **GREEDY, max_tokens=4).ids
+
+
+def test_tls_on_both_ports():
+    if not shutil.which("openssl"):
+        print("   skipped: no openssl to make certificates with")
+        return
+    with Server(e2e.small_model(), workers=1, start=False) as server:
+        cert, key = server.home / "cert.pem", server.home / "key.pem"
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj",
+                        "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", key, "-out",
+                        cert], check=True, stderr=subprocess.DEVNULL)
+        server.address, server.pool_address = free_addresses()
+        server.coordinator_arguments += ["--tls-cert", cert, "--tls-key", key, "--pool-tls-cert", cert,
+                                         "--pool-tls-key", key]
+        server.worker_arguments += ["--tls-ca", cert]
+        server.start_coordinator()
+        plain = server.client
+        server.client = e2e.Client(server.address, tls_ca=cert)
+        server.start_worker(0)
+        server.wait_ready()
+        assert generate(server, **GREEDY, max_tokens=4).ids
+        with refused(grpc.StatusCode.UNAVAILABLE):
+            plain.pool()
+        plain.close()
+
+
+def test_a_full_house():
+    with Server(e2e.small_model(), workers=1, coordinator=["--max-sequences", 1, "--max-waiting", 1]) as server:
+        running = server.client.stream(long_request())
+        next(running)
+        waiting = server.client.stream(long_request(max_tokens=3))
+        until(lambda: server.pool().waiting == 1, "one waits")
+        with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "2"):
+            generate(server, **GREEDY, max_tokens=1)
+        running.cancel()
+        assert sum(len(response.token_ids) for response in waiting) == 3, "its turn came"
+        server.idle()
+        with refused(grpc.StatusCode.INVALID_ARGUMENT, "n is 2"):
+            generate(server, **GREEDY, n=2)
 
 
 if __name__ == "__main__":

@@ -63,8 +63,12 @@ INFERENCE = "/strata.v1.Inference/"
 class Client:
     """One channel to a server."""
 
-    def __init__(self, address, **options):
-        self.channel = grpc.insecure_channel(address, options=list(options.items()))
+    def __init__(self, address, tls_ca=None, **options):
+        if tls_ca:
+            credentials = grpc.ssl_channel_credentials(pathlib.Path(tls_ca).read_bytes())
+            self.channel = grpc.secure_channel(address, credentials, options=list(options.items()))
+        else:
+            self.channel = grpc.insecure_channel(address, options=list(options.items()))
 
     def unary(self, method, request, reply, timeout=30 * SLOW):
         call = self.channel.unary_unary(method, request_serializer=type(request).SerializeToString,
