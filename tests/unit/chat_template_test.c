@@ -211,7 +211,7 @@ START_TEST(odd_interpreters_are_sentences)
     // Without site packages there is no jinja2.
     with_interpreter("#!/bin/sh\nexec /usr/bin/python3 -S \"$@\"\n", STATUS_UNAVAILABLE, "python3-jinja2");
     with_interpreter("#!/bin/sh\nexit 3\n", STATUS_UNAVAILABLE, "ended at once");
-    with_interpreter("#!/bin/sh\nprintf '\\377\\377\\377\\377'\n", STATUS_EXHAUSTED, "bytes");
+    with_interpreter("#!/bin/sh\nprintf '\\377\\377\\377\\377'\nsleep 1\n", STATUS_EXHAUSTED, "bytes");
     with_interpreter("#!/bin/sh\nprintf '\\0\\0\\0\\4{{{{'\nsleep 1\n", STATUS_UNAVAILABLE, "died");
 }
 END_TEST
