@@ -4,7 +4,8 @@
 #   make check   build, run every test
 #   make         build only
 #
-# Also: check-asan, check-tsan (the whole suite under sanitizers), fuzz (FUZZ_SECONDS a target), bench, format, clean.
+# Also: check-asan, check-tsan (the whole suite under sanitizers), fuzz (FUZZ_SECONDS a target), bench (MODEL), format,
+# clean.
 
 BUILD ?= build
 JOBS ?= $(shell nproc)
@@ -56,7 +57,7 @@ fuzz:
 	@scripts/fuzz.sh $(BUILD)-fuzz $(FUZZ_SECONDS)
 
 bench: build
-	@scripts/bench.sh $(BUILD)
+	@scripts/bench.sh $(BUILD) $(MODEL)
 
 format:
 	@git ls-files '*.c' '*.h' '*.cu' '*.cuh' | xargs clang-format -i
