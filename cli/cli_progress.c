@@ -1,4 +1,5 @@
-// Polls GetPool and redraws one line. A server that does not answer yet draws nothing.
+// Polls GetPool and redraws one line, often enough that a small model's quarter of a second shows too. A
+// server that does not answer yet draws nothing.
 #include "cli/cli_progress.h"
 
 #include <stdbool.h>
@@ -11,7 +12,7 @@
 #include "common/rpc_client.h"
 #include "proto/wire.h"
 
-enum { BAR_WIDTH = 32, INTERVAL_US = 200 * 1000, ANSWER_US = 500 * 1000 };
+enum { BAR_WIDTH = 32, INTERVAL_US = 50 * 1000, ANSWER_US = 500 * 1000 };
 
 struct progress {
     char address[128];
@@ -79,9 +80,15 @@ void progress_update(struct progress *progress)
     if (!progress || clock_now_us() - progress->last_us < INTERVAL_US)
         return;
     progress->last_us = clock_now_us();
+    // A channel that has failed once reconnects only while a call waits on it: dial when the coordinator
+    // listens.
+    static const char UNIX[] = "unix:";
+    if (strncmp(progress->address, UNIX, sizeof(UNIX) - 1) == 0 &&
+        access(progress->address + sizeof(UNIX) - 1, F_OK))
+        return;
     uint8_t *bytes;
     size_t length;
-    if (rpc_call_unary(progress->channel, "/strata.v1.Inference/GetPool", "", 0, ANSWER_US, false, &bytes,
+    if (rpc_call_unary(progress->channel, "/strata.v1.Inference/GetPool", "", 0, ANSWER_US, true, &bytes,
                        &length, NULL))
         return;
     struct arena arena = {0};
