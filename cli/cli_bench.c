@@ -305,6 +305,7 @@ static int bench_offline(const struct config *config, struct error *error)
     }
     if (config_flag(config, "json"))
         arguments[n++] = json;
+    config_forget_environment(OPTIONS); // ours; the worker's of the same names mean other things
     execv(program, arguments);
     return error_set(error, STATUS_IO, "%s: %s", program, strerror(errno));
 }

@@ -23,18 +23,6 @@ int process_own_directory(char *out, size_t capacity, struct error *error)
     return STATUS_OK;
 }
 
-// The file that STRATA_CONFIG names is the supervisor's: what it says is passed on as words, and a child
-// would refuse the options in it that it does not have.
-static void forget_config_file(void)
-{
-    static const char NAME[] = "STRATA_CONFIG=";
-    char **to = environ;
-    for (char **from = environ; *from; from++)
-        if (strncmp(*from, NAME, sizeof(NAME) - 1) != 0)
-            *to++ = *from;
-    *to = NULL;
-}
-
 // In the child, between fork and exec: async-signal-safe calls only.
 static void become(char *const *argv, int stdout_fd, pid_t parent)
 {
@@ -46,7 +34,6 @@ static void become(char *const *argv, int stdout_fd, pid_t parent)
     prctl(PR_SET_PDEATHSIG, SIGTERM);
     if (getppid() != parent)
         _exit(127);
-    forget_config_file();
     if (stdout_fd >= 0)
         dup2(stdout_fd, STDOUT_FILENO);
     execv(argv[0], argv);

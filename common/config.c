@@ -408,11 +408,6 @@ static int read_file(struct config *config, struct error *error)
     return status;
 }
 
-const char *config_environment(const char *name)
-{
-    return getenv(name);
-}
-
 static void variable_name(char *to, size_t capacity, const char *option)
 {
     snprintf(to, capacity, "STRATA_%s", option);
@@ -434,6 +429,16 @@ static int read_environment(struct config *config, struct error *error)
     if (!config->file && file && *file && !(config->file = strdup(file)))
         return error_set(error, STATUS_NO_MEMORY, "no memory for the options");
     return STATUS_OK;
+}
+
+void config_forget_environment(const struct option *options)
+{
+    char name[NAME_BYTES + 8];
+    for (; options->name; options++) {
+        variable_name(name, sizeof(name), options->name);
+        unsetenv(name);
+    }
+    unsetenv("STRATA_CONFIG");
 }
 
 static int read_defaults(struct config *config, struct error *error)

@@ -55,7 +55,9 @@ bool config_wants_help(const struct config *config); // --help or -h was given
 // "usage: <usage>", the text, then the options in their order, wrapped at 100 columns, with defaults.
 void config_print_help(const struct option *options, const char *usage, const char *text);
 
-// An environment variable that is no option (HOME, PATH); NULL when unset.
-const char *config_environment(const char *name);
+// Takes what config_parse reads for these options, and STRATA_CONFIG, out of the environment: for a program
+// that passes its options on to children as words, whose own options may share a name and mean something
+// else. A parsed config stays as it is.
+void config_forget_environment(const struct option *options);
 
 #endif

@@ -293,12 +293,21 @@ START_TEST(prints_help)
 }
 END_TEST
 
-START_TEST(reads_other_variables)
+START_TEST(forgets_what_it_read)
 {
-    setenv("STRATA_CONFIG_TEST", "here", 1);
-    ck_assert_str_eq(config_environment("STRATA_CONFIG_TEST"), "here");
-    unsetenv("STRATA_CONFIG_TEST");
-    ck_assert_ptr_null(config_environment("STRATA_CONFIG_TEST"));
+    setenv("STRATA_LISTEN", "here", 1);
+    setenv("STRATA_CONFIG", path, 1);
+    setenv("STRATA_MAX_SEQUENCES", "7", 1);
+    setenv("STRATA_LISTENER", "another's", 1);
+    accept("-w", "2");
+    config_forget_environment(OPTIONS);
+    ck_assert_str_eq(config_string(config, "listen"), "here");
+    ck_assert_int_eq(config_int(config, "max-sequences"), 7);
+    ck_assert_ptr_null(getenv("STRATA_LISTEN"));
+    ck_assert_ptr_null(getenv("STRATA_CONFIG"));
+    ck_assert_ptr_null(getenv("STRATA_MAX_SEQUENCES"));
+    ck_assert_str_eq(getenv("STRATA_LISTENER"), "another's");
+    unsetenv("STRATA_LISTENER");
 }
 END_TEST
 
@@ -341,7 +350,7 @@ Suite *make_suite(void)
     tcase_add_test(all, later_places_win);
     tcase_add_test(all, help_needs_nothing_else);
     tcase_add_test(all, prints_help);
-    tcase_add_test(all, reads_other_variables);
+    tcase_add_test(all, forgets_what_it_read);
     suite_add_tcase(suite, all);
     return suite;
 }
