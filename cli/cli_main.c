@@ -40,6 +40,13 @@ int cli_parse(struct config **out, const struct option *options, int argc, char 
 
 int cli_report(int status, const struct error *error)
 {
+    // gRPC's own words for a server that is not there; the end of them has the address and the reason.
+    static const char UNREACHED[] = "failed to connect to all addresses; last error: UNKNOWN: ";
+    if (status == STATUS_UNAVAILABLE && strncmp(error->text, UNREACHED, sizeof(UNREACHED) - 1) == 0) {
+        fprintf(stderr, "strata: no server there: %s\n", error->text + sizeof(UNREACHED) - 1);
+        fputs("'strata serve' starts one; --connect says where it is\n", stderr);
+        return 1;
+    }
     if (status)
         fprintf(stderr, "strata: %s\n", error->text[0] ? error->text : status_name(status));
     return status ? 1 : 0;

@@ -67,6 +67,10 @@ static bool on_response(void *context, const struct wire_generate_response *resp
 static void print_scores(struct scores *scores)
 {
     double perplexity = scores->n_scored ? exp(-scores->sum / scores->n_scored) : NAN;
+    if (!scores->json && !scores->n_scored) {
+        printf("no perplexity: the first token has nothing before it\n");
+        return;
+    }
     if (!scores->json) {
         printf("perplexity %.6g over %u tokens\n", perplexity, scores->n_scored);
         return;

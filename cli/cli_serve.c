@@ -58,10 +58,11 @@ static const struct option OPTIONS[] = {
     {"threads", 0, OPTION_INT, "N", NULL, "Compute threads of each worker (default: the cores, shared out).",
      0, 4096},
     {"level", 0, OPTION_STRING, "NAME", NULL, "Instruction set at most: portable, avx2 or avx512.", 0, 0},
-    {"backend", 0, OPTION_STRING, "NAME", NULL, "Cpu or cuda.", 0, 0},
+    {"backend", 0, OPTION_STRING, "NAME", NULL, "The backend of the workers, cpu or cuda.", 0, 0},
     {"progress", 0, OPTION_FLAG, NULL, NULL,
      "Draw a bar while loading, also when standard error is no terminal.", 0, 0},
-    {"log-level", 0, OPTION_STRING, "LEVEL", "info", "Debug, info, warn or error.", 0, 0},
+    {"log-level", 0, OPTION_STRING, "LEVEL", "info",
+     "Least level that is logged: debug, info, warn or error.", 0, 0},
     {"log-json", 0, OPTION_FLAG, NULL, NULL, "Log lines as JSON.", 0, 0},
     {0},
 };
@@ -220,7 +221,8 @@ static void coordinator_ended(struct supervisor *s, int wait_status)
     char how[96];
     process_describe_end(wait_status, how, sizeof(how));
     s->coordinator.pid = 0;
-    if (!s->ending || wait_status) {
+    bool by_us = s->ending && WIFSIGNALED(wait_status) && WTERMSIG(wait_status) == SIGTERM;
+    if (!by_us && (!s->ending || wait_status)) {
         log_error("the coordinator %s", how);
         s->failed = true;
     }
@@ -239,7 +241,9 @@ static void worker_ended(struct supervisor *s, uint32_t index, int wait_status)
         return;
     int exit_code = WIFEXITED(wait_status) ? WEXITSTATUS(wait_status) : 0;
     if (exit_code >= FIRST_FINAL_EXIT && exit_code <= LAST_FINAL_EXIT) {
-        log_error("worker %u cannot serve this model", index);
+        static const char *const reasons[] = {"was given wrong options", "cannot use this model",
+                                              "was sent away by the coordinator"};
+        log_error("worker %u %s", index, reasons[exit_code - FIRST_FINAL_EXIT]);
         s->failed = true;
         begin_end(s);
         return;
@@ -328,7 +332,7 @@ static void supervise(struct supervisor *s)
     while (anyone_runs(s) || (!s->ending && s->coordinator.pid)) {
         struct pollfd waits[] = {{.fd = s->signals, .events = POLLIN},
                                  {.fd = s->ready_pipe, .events = POLLIN}};
-        poll(waits, 2, 200);
+        poll(waits, 2, s->ready ? 200 : 50);
         if (waits[0].revents)
             take_signal(s);
         if (waits[1].revents)
@@ -413,6 +417,9 @@ int command_serve(int argc, char **argv)
     int code = cli_parse(&config, OPTIONS, argc, argv, USAGE, ABOUT);
     if (code >= 0)
         return code;
+    // The children get these options as words. Left in the environment they would be read once more: a
+    // worker's --tls-ca is about the pool port, ours about the clients'.
+    config_forget_environment(OPTIONS);
     s = (struct supervisor){.config = config, .signals = -1, .ready_pipe = -1};
     int status = STATUS_OK;
     if (config_positional_count(config) != 1)

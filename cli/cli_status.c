@@ -51,17 +51,30 @@ static void print_json(const struct wire_model *model, const struct wire_pool *p
                              (json_int_t)pool->steps, "max_sequences", (int)pool->max_sequences));
 }
 
+static uint32_t count_joined(const struct wire_pool *pool)
+{
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < pool->n_stages; i++)
+        n += pool->stages[i].worker[0] != '\0';
+    return n;
+}
+
 static void print_text(const struct wire_model *model, const struct wire_pool *pool)
 {
     printf("model  %s (%s), %u layers, context %u of %u, %.1f MiB\n", model->name, model->architecture,
            model->layers, model->context, model->trained_context, (double)model->file_bytes / (1 << 20));
     printf("pool   %s%s%s, epoch %llu, %u of %u workers\n", pool_state_name(pool->state),
-           pool->problem[0] ? ": " : "", pool->problem, (unsigned long long)pool->epoch, pool->n_stages,
+           pool->problem[0] ? ": " : "", pool->problem, (unsigned long long)pool->epoch, count_joined(pool),
            pool->workers_wanted);
     printf("load   %u running, %u waiting, %u of %u KV pages free, %llu steps\n", pool->running,
            pool->waiting, pool->pages_free, pool->pages, (unsigned long long)pool->steps);
     for (uint32_t i = 0; i < pool->n_stages; i++) {
         const struct wire_stage *stage = &pool->stages[i];
+        if (!stage->worker[0]) {
+            printf("stage %u  %-10s layers %u-%u, no worker yet\n", stage->index, "waiting",
+                   stage->first_layer, stage->first_layer + stage->layers - 1);
+            continue;
+        }
         printf("stage %u  %-10s layers %u-%u, weights %.1f MiB, KV %.1f MiB, busy %.0f%%  %s (%s)\n",
                stage->index, stage->state, stage->first_layer, stage->first_layer + stage->layers - 1,
                (double)stage->weight_bytes / (1 << 20), (double)stage->kv_bytes / (1 << 20),

@@ -1,0 +1,123 @@
+#!/usr/bin/python3
+"""`strata serve` and what a person sees of it: the bar, the ready line, status while a worker is missing, sentences."""
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import tempfile
+
+import strata_e2e as e2e
+
+STRATA = str(e2e.BIN / "strata")
+
+
+class Serve:
+    """A `strata serve` on a Unix socket in a folder of its own, ended with SIGTERM."""
+
+    def __init__(self, *options, model=None, environment=None):
+        self.home = pathlib.Path(tempfile.mkdtemp(prefix="strata-e2e"))
+        self.address = f"unix:{self.home}/serve.sock"
+        self.process = e2e.Process(
+            self.home, "serve", [STRATA, "serve", model or e2e.small_model(), "--listen", self.address, "--threads", 1,
+                                 *options], environment)
+        self.expected = 0
+
+    def wait_ready(self):
+        e2e.until(lambda: self.process.lines or not self.process.alive(), "the ready line, or an end")
+        assert self.process.lines == [f"ready on {self.address}"], (self.process.lines, self.process.text())
+
+    def worker(self, name):
+        """The process id of one of our own workers."""
+        main = self.process.process.pid
+        children = pathlib.Path(f"/proc/{main}/task/{main}/children").read_text().split()
+        named = [c for c in children if f"--name={name}" in pathlib.Path(f"/proc/{c}/cmdline").read_text()]
+        return int(named[0]) if named else None
+
+    def status(self, *options):
+        return run("status", "--connect", self.address, *options)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, value, trace):
+        code = self.process.stop()
+        if kind:
+            print(self.process.text()[-4000:])
+        shutil.rmtree(self.home, ignore_errors=True)
+        assert kind or code == self.expected, f"serve ended with {code}"
+
+
+def run(*arguments):
+    return subprocess.run([STRATA, *arguments], capture_output=True, text=True, timeout=60 * e2e.SLOW)
+
+
+def test_a_bar_while_it_loads():
+    # Big enough to be seen loading: some 100 MB.
+    with Serve("--workers", 2, "--progress", "--log-level", "warn",
+               model=e2e.small_model(layers=8, embd=1024, heads=16, kv_heads=4, ffn=3072)) as serve:
+        serve.wait_ready()
+        assert "loading on 2 workers [" in serve.process.text(), serve.process.text()
+
+
+def test_the_environment_is_not_read_twice():
+    """--tls-cert of serve is about its clients; the workers, who have an option of that name, must not take it."""
+    if not shutil.which("openssl"):
+        print("   skipped: no openssl to make certificates with")
+        return
+    with tempfile.TemporaryDirectory(prefix="strata-e2e") as folder:
+        cert, key = f"{folder}/cert.pem", f"{folder}/key.pem"
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj",
+                        "/CN=localhost", "-keyout", key, "-out", cert], check=True, stderr=subprocess.DEVNULL)
+        with Serve(environment={"STRATA_TLS_CERT": cert, "STRATA_TLS_KEY": key}) as serve:
+            serve.wait_ready()
+
+
+def test_status_counts_who_is_there():
+    with Serve("--workers", 2) as serve:
+        serve.wait_ready()
+        assert "2 of 2 workers" in serve.status().stdout
+
+        def missed():  # killed again each time it comes back, it is away for longer
+            worker = serve.worker("worker-1")
+            if worker:
+                os.kill(worker, 9)
+            text = serve.status().stdout
+            return text if "no worker yet" in text else None
+
+        text = e2e.until(missed, "status misses the worker")
+        assert ", 1 of 2 workers" in text and "()" not in text, text
+        json.loads(serve.status("--json").stdout)
+        e2e.until(lambda: json.loads(serve.status("--json").stdout)["state"] == "ready", "the pool comes back")
+
+
+def test_why_it_ends():
+    for options, sentences in [(("--level", "best"), ("--level best is none of", "was given wrong options")),
+                               (("--memory-fraction", "7"), ("--memory-fraction: 7 is not between", "the coordinator exited"))]:
+        serve = Serve(*options)
+        serve.expected = 1
+        with serve:
+            assert serve.process.wait() == 1
+            for sentence in sentences:
+                assert sentence in serve.process.text(), serve.process.text()
+            assert "SIGTERM" not in serve.process.text(), serve.process.text()
+
+
+def test_no_server_is_said_plainly():
+    for command in (["generate", "hi"], ["status"], ["score", "hi"], ["bench"]):
+        done = run(*command, "--connect", "unix:/nonexistent/socket")
+        assert done.returncode == 1 and not done.stdout
+        assert done.stderr.startswith("strata: no server there: unix:/nonexistent/socket"), done.stderr
+        assert "strata serve" in done.stderr, done.stderr
+
+
+def test_a_score_of_one_token():
+    with Serve() as serve:
+        serve.wait_ready()
+        done = run("score", "--connect", serve.address, "--tokens", "5")
+        assert done.returncode == 0 and "nan" not in done.stdout and "no perplexity" in done.stdout, done.stdout
+        assert json.loads(run("score", "--connect", serve.address, "--tokens", "5", "--json").stdout)["perplexity"] is None
+
+
+if __name__ == "__main__":
+    e2e.main(globals())
