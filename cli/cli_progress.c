@@ -80,8 +80,7 @@ void progress_update(struct progress *progress)
     if (!progress || clock_now_us() - progress->last_us < INTERVAL_US)
         return;
     progress->last_us = clock_now_us();
-    // A channel that has failed once reconnects only while a call waits on it: dial when the coordinator
-    // listens.
+    // Nobody waits for a coordinator that does not listen yet: the supervisor has signals to hear.
     static const char UNIX[] = "unix:";
     if (strncmp(progress->address, UNIX, sizeof(UNIX) - 1) == 0 &&
         access(progress->address + sizeof(UNIX) - 1, F_OK))

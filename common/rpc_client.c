@@ -11,7 +11,8 @@
 enum {
     FIRST_BACKOFF_MS = 100, // between attempts to connect: a coordinator that has just started is found soon
     LAST_BACKOFF_MS = 2000,
-    MAX_PAIRS = 32, // metadata of one call
+    RETRY_US = 500 * 1000, // what a call that does not wait gives a failed channel to come back
+    MAX_PAIRS = 32,        // metadata of one call
 };
 
 struct rpc_channel {
@@ -22,7 +23,7 @@ struct rpc_stream {
     grpc_call *call;
     grpc_completion_queue *queue;
     grpc_metadata_array headers, trailers;
-    char open_tag, send_tag, receive_tag; // only their addresses matter
+    char nudge_tag, open_tag, send_tag, receive_tag; // only their addresses matter
     // The receiving thread's:
     bool greeted, over; // initial metadata is here; the status is
     grpc_status_code code;
@@ -184,6 +185,19 @@ static void stream_delete(struct rpc_stream *stream)
     free(stream);
 }
 
+// A channel works only while somebody waits on one of its queues, so one that has failed keeps saying so to
+// calls that do not wait, although its server may be back. Gives such a channel a moment to try again.
+static void give_another_chance(struct rpc_channel *channel, struct rpc_stream *stream)
+{
+    if (grpc_channel_check_connectivity_state(channel->channel, 1) != GRPC_CHANNEL_TRANSIENT_FAILURE)
+        return;
+    grpc_channel_reset_connect_backoff(channel->channel);
+    RPC_HAND_OVER(&stream->nudge_tag);
+    grpc_channel_watch_connectivity_state(channel->channel, GRPC_CHANNEL_TRANSIENT_FAILURE,
+                                          deadline_in(RETRY_US), stream->queue, &stream->nudge_tag);
+    wait_for(stream, &stream->nudge_tag);
+}
+
 static int metadata_fill(grpc_metadata pairs[MAX_PAIRS], size_t *count, const char *const *metadata,
                          struct error *error)
 {
@@ -213,6 +227,8 @@ int rpc_stream_open(struct rpc_stream **out, struct rpc_channel *channel, const 
     struct rpc_stream *stream = NULL;
     if (!status && !(stream = stream_new(channel, path, timeout_us)))
         status = error_set(error, STATUS_NO_MEMORY, "no memory for a call");
+    if (!status && !wait_for_ready)
+        give_another_chance(channel, stream);
     if (!status) {
         // Not waited for: with wait_for_ready it ends when the connection is there, and rpc_stream_cancel has
         // to work until then. rpc_stream_free collects it.
@@ -341,6 +357,8 @@ int rpc_call_unary(struct rpc_channel *channel, const char *path, const void *re
     struct rpc_stream *stream = stream_new(channel, path, timeout_us);
     if (!stream)
         return error_set(error, STATUS_NO_MEMORY, "no memory for a call");
+    if (!wait_for_ready)
+        give_another_chance(channel, stream);
     grpc_byte_buffer *sent = rpc_buffer_from(request, request_bytes), *received = NULL;
     grpc_op ops[6] = {{.op = GRPC_OP_SEND_INITIAL_METADATA, .flags = header_flags(wait_for_ready)},
                       {.op = GRPC_OP_SEND_MESSAGE},

@@ -6,6 +6,8 @@ import pathlib
 import shutil
 import subprocess
 import tempfile
+import threading
+import time
 
 import strata_e2e as e2e
 
@@ -109,6 +111,48 @@ def test_no_server_is_said_plainly():
         assert done.returncode == 1 and not done.stdout
         assert done.stderr.startswith("strata: no server there: unix:/nonexistent/socket"), done.stderr
         assert "strata serve" in done.stderr, done.stderr
+
+
+def test_a_chat_outlives_its_server():
+    """On a terminal a failed message ends nothing, and the server is found again when it is back."""
+    main, side = os.openpty()
+    seen = []
+
+    def read():
+        try:
+            while part := os.read(main, 4096):
+                seen.append(part.decode(errors="replace"))
+        except OSError:
+            pass  # the other side is closed
+
+    def say(text, awaited):
+        """One message; it is answered, or refused, when there is a prompt again."""
+        del seen[:]
+        os.write(main, text.encode() + b"\n")
+        e2e.until(lambda: "".join(seen).endswith("> "), f"an end of {text!r}")
+        assert awaited in "".join(seen), "".join(seen)
+
+    threading.Thread(target=read, daemon=True).start()
+    with e2e.Server(e2e.small_model(vocab=e2e.vocabulary("qwen2")), workers=1) as server:
+        chat = subprocess.Popen([STRATA, "chat", "--connect", server.address, "-t", "0", "-n", "3", "--ignore-eos"],
+                                stdin=side, stdout=side, stderr=side)
+        os.close(side)
+        try:
+            e2e.until(lambda: "".join(seen).endswith("> "), "a prompt")
+            say("one", "[3 tokens")
+            assert server.coordinator.stop() == 0
+            time.sleep(0.5)
+            say("two", "")  # the connection is found dead
+            say("three", "failed to connect")
+            server.start_coordinator()
+            server.wait_ready()
+            say("four", "[3 tokens")
+            os.write(main, b"/exit\n")
+            assert chat.wait(20 * e2e.SLOW) == 0
+        finally:
+            chat.kill()
+            chat.wait()
+    os.close(main)
 
 
 def test_a_score_of_one_token():
