@@ -1,10 +1,15 @@
 #!/usr/bin/env python3
 """The smallest Python client: sends a prompt to a Strata server and prints the answer as it comes.
 
-    generate.py 127.0.0.1:50051 "Once upon a time"
-
-Needs grpcio and the stubs, made once from the .proto file:
-    python3 -m grpc_tools.protoc -Iproto --python_out=. --grpc_python_out=. proto/strata/v1/inference.proto
+Needs grpcio (Debian: python3-grpcio) and stubs made once from the .proto file, with Debian's protoc and grpc_python_plugin:
+    mkdir -p build/stubs
+    protoc -Iproto --python_out=build/stubs --grpc_out=build/stubs \\
+        --plugin=protoc-gen-grpc=$(command -v grpc_python_plugin) proto/strata/v1/inference.proto
+or with pip's grpcio-tools:
+    python3 -m grpc_tools.protoc -Iproto --python_out=build/stubs --grpc_python_out=build/stubs \\
+        proto/strata/v1/inference.proto
+Then:
+    PYTHONPATH=build/stubs /usr/bin/python3 examples/generate.py 127.0.0.1:50051 "Once upon a time"
 """
 import sys
 
