@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The smallest Python client: sends a prompt to a Strata server and prints the answer as it comes.
 
-Needs grpcio (Debian: python3-grpcio) and stubs made once from the .proto file, with Debian's protoc and grpc_python_plugin:
+Needs grpcio (Debian: python3-grpcio) and stubs made once from the .proto file, with Debian's own tools:
     mkdir -p build/stubs
     protoc -Iproto --python_out=build/stubs --grpc_out=build/stubs \\
         --plugin=protoc-gen-grpc=$(command -v grpc_python_plugin) proto/strata/v1/inference.proto

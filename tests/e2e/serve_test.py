@@ -95,7 +95,8 @@ def test_status_counts_who_is_there():
 
 def test_why_it_ends():
     for options, sentences in [(("--level", "best"), ("--level best is none of", "was given wrong options")),
-                               (("--memory-fraction", "7"), ("--memory-fraction: 7 is not between", "the coordinator exited"))]:
+                               (("--memory-fraction", "7"),
+                                ("--memory-fraction: 7 is not between", "the coordinator exited"))]:
         serve = Serve(*options)
         serve.expected = 1
         with serve:
@@ -160,7 +161,8 @@ def test_a_score_of_one_token():
         serve.wait_ready()
         done = run("score", "--connect", serve.address, "--tokens", "5")
         assert done.returncode == 0 and "nan" not in done.stdout and "no perplexity" in done.stdout, done.stdout
-        assert json.loads(run("score", "--connect", serve.address, "--tokens", "5", "--json").stdout)["perplexity"] is None
+        scored = json.loads(run("score", "--connect", serve.address, "--tokens", "5", "--json").stdout)
+        assert scored["perplexity"] is None, scored
 
 
 if __name__ == "__main__":
