@@ -1,6 +1,6 @@
 #!/bin/sh
-# bench.sh BUILD [MODEL]: the timings of this machine as tables: the engine alone, then a server with one worker under load.
-# Nothing else should run meanwhile.
+# bench.sh BUILD [MODEL]: the timings of this machine as tables: the engine alone, then a server with one worker under
+# load. Nothing else should run meanwhile.
 set -eu
 
 build=$1
