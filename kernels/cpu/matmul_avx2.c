@@ -3,7 +3,7 @@
 //
 // vpmaddubsw multiplies unsigned codes by signed activations (|x| <= 127) and adds neighbours into 16 bits,
 // where it saturates. It never does here: two products of a code of b bits are at most 2 * 127 * (2^b - 1),
-// and only as many of them are added in 16 bits as fit: 8 for 4 bits (30480), 4 for 5 bits (31496), 2 for 6
+// and only as many of them are added in 16 bits as fit: the 4 of a block's half up to 5 bits (31496), 2 for 6
 // bits (32004). For 8 bits the signs change sides instead: |w| * (x with w's sign), |w| <= 128: 32512.
 //
 // Runs on compute threads; pure.
@@ -76,19 +76,19 @@ ALWAYS_INLINE int log2_of(uint32_t offset)
 // Groups whose products can be added in 16 bits.
 ALWAYS_INLINE int groups_in_16_bits(int bits)
 {
-    return bits <= 4 ? 8 : bits == 5 ? 4 : bits == 6 ? 2 : 1;
+    return bits <= 5 ? 4 : bits == 6 ? 2 : 1;
 }
 
-// sums[c] += groups [first, first + count) of the block x codes. 8-bit codes are taken as signed: less 128.
+// sums[c] += four groups of the block x codes, from the first on. 8-bit codes are taken as signed: less 128.
 ALWAYS_INLINE void dot(const struct tile_call *call, const int columns, uint32_t index, const uint8_t *codes,
-                       const int bits, const int first, const int count, __m256i *sums)
+                       const int bits, const int first, __m256i *sums)
 {
-    const int together = groups_in_16_bits(bits) < count ? groups_in_16_bits(bits) : count;
+    const int together = groups_in_16_bits(bits);
     const __m256i ones = _mm256_set1_epi16(1);
-#pragma GCC unroll 8
-    for (int from = first; from < first + count; from += together) {
+#pragma GCC unroll 4
+    for (int from = first; from < first + 4; from += together) {
         __m256i pairs[MAX_COLUMNS];
-#pragma GCC unroll 8
+#pragma GCC unroll 4
         for (int g = from; g < from + together; g++) {
             __m256i q = load_group(codes, bits, g), sign = q;
             if (bits == 8) {
@@ -113,11 +113,26 @@ ALWAYS_INLINE void dot(const struct tile_call *call, const int columns, uint32_t
 }
 
 // What an integer sum starts from: the codes' offset times the activations' sum, taken off.
-ALWAYS_INLINE __m256i start(const struct cpu_type form, __m256i minus_sum)
+ALWAYS_INLINE __m256i start(const struct cpu_type form, int32_t minus_sum)
 {
     if (!form.offset || form.bits == 8)
         return _mm256_setzero_si256();
-    return _mm256_slli_epi32(minus_sum, log2_of(form.offset));
+    return _mm256_slli_epi32(_mm256_set1_epi32(minus_sum), log2_of(form.offset));
+}
+
+// A block's half (four groups, and one scale of the activations): out[c] = its integer sum, codes' offset
+// taken off, as a float
+ALWAYS_INLINE void dot_half(const struct tile_call *call, const struct cpu_type form, const int columns,
+                            uint32_t index, const uint8_t *codes, const int half, __m256 *out)
+{
+    __m256i sums[MAX_COLUMNS];
+#pragma GCC unroll 4
+    for (int c = 0; c < columns; c++)
+        sums[c] = start(form, block_of(call, c, index)->minus_sum[half]);
+    dot(call, columns, index, codes, (int)form.bits, 4 * half, sums);
+#pragma GCC unroll 4
+    for (int c = 0; c < columns; c++)
+        out[c] = _mm256_cvtepi32_ps(sums[c]);
 }
 
 // A block of 32 under one scale (and minimum) a row: total[c] += (scale * q - min) * x
@@ -125,18 +140,19 @@ ALWAYS_INLINE void add_block(const struct tile_call *call, const struct cpu_type
                              uint32_t index, const uint8_t *codes, __m256 scale, __m256 plus_min,
                              __m256 *total)
 {
-    __m256i sums[MAX_COLUMNS];
+    __m256 dots[2][MAX_COLUMNS];
+    dot_half(call, form, columns, index, codes, 0, dots[0]);
 #pragma GCC unroll 4
     for (int c = 0; c < columns; c++)
-        sums[c] = start(form, _mm256_set1_epi32(block_of(call, c, index)->minus_sum));
-    dot(call, columns, index, codes, (int)form.bits, 0, 8, sums);
+        dots[0][c] = _mm256_mul_ps(dots[0][c], _mm256_set1_ps(block_of(call, c, index)->scale[0]));
+    dot_half(call, form, columns, index, codes, 1, dots[1]);
 #pragma GCC unroll 4
     for (int c = 0; c < columns; c++) {
         const struct cpu_q8_block *x = block_of(call, c, index);
-        __m256 both = _mm256_mul_ps(scale, _mm256_set1_ps(x->scale));
-        total[c] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[c]), both, total[c]);
+        __m256 both = _mm256_fmadd_ps(dots[1][c], _mm256_set1_ps(x->scale[1]), dots[0][c]);
+        total[c] = _mm256_fmadd_ps(both, scale, total[c]);
         if (form.has_min)
-            total[c] = _mm256_fmadd_ps(plus_min, _mm256_set1_ps(x->scaled_sum), total[c]);
+            total[c] = _mm256_fmadd_ps(plus_min, _mm256_set1_ps(x->scaled_total), total[c]);
     }
 }
 
@@ -156,41 +172,26 @@ ALWAYS_INLINE __m256 halves(const uint8_t *p)
     return _mm256_cvtph_ps(_mm_load_si128((const __m128i *)p));
 }
 
-// A block of 32 with a scale (and minimum) for each 16: total[c] += d * (sum of scale * (q - offset) * x) -
-// ...
+// A block of 32 with a scale (and minimum) for each 16: total[c] += (d * scale * q - dmin * min) * x of each
 ALWAYS_INLINE void add_two_groups(const struct tile_call *call, const struct cpu_type form, const int columns,
                                   uint32_t index, const uint8_t *codes, const uint8_t *scales, __m256 d,
-                                  __m256 dmin, __m256 *total)
+                                  __m256 minus_dmin, __m256 *total)
 {
-    __m256 dots[MAX_COLUMNS], mins[MAX_COLUMNS];
 #pragma GCC unroll 2
     for (int half = 0; half < 2; half++) {
-        __m256 scale = form.has_min ? nibbles(scales + 16 * half, 0) : signed_bytes(scales + 16 * half);
-        __m256 min = form.has_min ? nibbles(scales + 16 * half, 4) : _mm256_setzero_ps();
-        __m256i sums[MAX_COLUMNS], minus[MAX_COLUMNS];
+        const uint8_t *bytes = scales + 16 * half;
+        __m256 scale = _mm256_mul_ps(d, form.has_min ? nibbles(bytes, 0) : signed_bytes(bytes));
+        __m256 plus_min = form.has_min ? _mm256_mul_ps(minus_dmin, nibbles(bytes, 4)) : _mm256_setzero_ps();
+        __m256 dots[MAX_COLUMNS];
+        dot_half(call, form, columns, index, codes, half, dots);
 #pragma GCC unroll 4
         for (int c = 0; c < columns; c++) {
             const struct cpu_q8_block *x = block_of(call, c, index);
-            minus[c] = _mm256_set1_epi32(half ? x->minus_sum - x->minus_half_sum : x->minus_half_sum);
-            sums[c] = start(form, minus[c]);
+            __m256 scaled = _mm256_mul_ps(dots[c], _mm256_set1_ps(x->scale[half]));
+            total[c] = _mm256_fmadd_ps(scaled, scale, total[c]);
+            if (form.has_min)
+                total[c] = _mm256_fmadd_ps(plus_min, _mm256_set1_ps(x->scaled_sum[half]), total[c]);
         }
-        dot(call, columns, index, codes, (int)form.bits, 4 * half, 4, sums);
-#pragma GCC unroll 4
-        for (int c = 0; c < columns; c++) {
-            __m256 sum = _mm256_cvtepi32_ps(sums[c]);
-            dots[c] = half ? _mm256_fmadd_ps(sum, scale, dots[c]) : _mm256_mul_ps(sum, scale);
-            if (form.has_min) {
-                __m256 x_sum = _mm256_cvtepi32_ps(minus[c]);
-                mins[c] = half ? _mm256_fmadd_ps(x_sum, min, mins[c]) : _mm256_mul_ps(x_sum, min);
-            }
-        }
-    }
-#pragma GCC unroll 4
-    for (int c = 0; c < columns; c++) {
-        __m256 scale = _mm256_set1_ps(block_of(call, c, index)->scale);
-        total[c] = _mm256_fmadd_ps(dots[c], _mm256_mul_ps(d, scale), total[c]);
-        if (form.has_min)
-            total[c] = _mm256_fmadd_ps(mins[c], _mm256_mul_ps(dmin, scale), total[c]);
     }
 }
 
@@ -220,19 +221,19 @@ ALWAYS_INLINE void sum_32(const struct tile_call *call, const struct cpu_type fo
 ALWAYS_INLINE void sum_k_block(const struct tile_call *call, const struct cpu_type form, const int columns,
                                uint32_t index, const uint8_t *header, int half, __m256 *total)
 {
-    __m256 d = halves(header + 16 * half), dmin = halves(header + 32 + 16 * half);
+    __m256 d = halves(header + 16 * half);
+    __m256 minus_dmin = _mm256_sub_ps(_mm256_setzero_ps(), halves(header + 32 + 16 * half));
     const uint8_t *scales = header + 64 + 8 * half, *codes = header + K_HEADER + 32 * half;
     for (uint32_t j = 0; j < 8; j++, codes += cpu_code_bytes(form.bits)) {
         if (half == 0)
             fetch_ahead(codes, cpu_code_bytes(form.bits));
         if (form.group == 16) {
-            add_two_groups(call, form, columns, index + j, codes, scales + 32 * j, d, dmin, total);
+            add_two_groups(call, form, columns, index + j, codes, scales + 32 * j, d, minus_dmin, total);
             continue;
         }
         __m256 scale = _mm256_mul_ps(d, signed_bytes(scales + 16 * j));
-        __m256 min = _mm256_mul_ps(dmin, signed_bytes(scales + 128 + 16 * j));
-        add_block(call, form, columns, index + j, codes, scale, _mm256_sub_ps(_mm256_setzero_ps(), min),
-                  total);
+        __m256 plus_min = _mm256_mul_ps(minus_dmin, signed_bytes(scales + 128 + 16 * j));
+        add_block(call, form, columns, index + j, codes, scale, plus_min, total);
     }
 }
 

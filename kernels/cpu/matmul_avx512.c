@@ -1,8 +1,9 @@
 // Tile kernels of the AVX-512 level. One vector register holds one number of each of the 16 rows of a tile;
-// vpdpbusd adds four products (unsigned codes x signed activations) to each. Integer sums are exact within a
-// block of 32, or 16 where scales belong to 16; then they become floats, times both scales, and are added to
-// the column's f32 sums, block after block. Codes are unsigned: what they exceed the weights by is taken off
-// through the activations' own sum, which the integer sum starts from.
+// vpdpbusd adds four products (unsigned codes x signed activations) to each. Integer sums are exact within 16
+// k, which share one scale of the activations; then they become floats, times that scale. Two such halves of
+// a block are added, times the weights' scale (each has its own where those belong to 16), to the column's
+// f32 sums, block after block. Codes are unsigned: what they exceed the weights by is taken off through the
+// activations' own sum, which the integer sum starts from.
 //
 // The functions below are one kernel, specialized by the compiler for each type and number of columns.
 // Runs on compute threads; pure.
@@ -68,12 +69,12 @@ ALWAYS_INLINE int log2_of(uint32_t offset)
     return __builtin_ctz(offset);
 }
 
-// sums[c] += groups [first, first + 8 or 4) of the block x codes
+// sums[c] += four groups of the block x codes, from the first on
 ALWAYS_INLINE void dot(const struct tile_call *call, const int columns, uint32_t index, const uint8_t *codes,
-                       const int bits, const int first, const int count, __m512i *sums)
+                       const int bits, const int first, __m512i *sums)
 {
-#pragma GCC unroll 8
-    for (int g = first; g < first + count; g++) {
+#pragma GCC unroll 4
+    for (int g = first; g < first + 4; g++) {
         __m512i q = load_group(codes, bits, g);
 #pragma GCC unroll 8
         for (int c = 0; c < columns; c++) {
@@ -84,25 +85,47 @@ ALWAYS_INLINE void dot(const struct tile_call *call, const int columns, uint32_t
     }
 }
 
+// What an integer sum starts from: the codes' offset times the activations' sum, taken off.
+ALWAYS_INLINE __m512i start(const struct cpu_type form, int32_t minus_sum)
+{
+    if (!form.offset)
+        return _mm512_setzero_si512();
+    return _mm512_slli_epi32(_mm512_set1_epi32(minus_sum), (unsigned)log2_of(form.offset));
+}
+
+// A block's half (four groups, and one scale of the activations): out[c] = its integer sum, codes' offset
+// taken off, as a float
+ALWAYS_INLINE void dot_half(const struct tile_call *call, const struct cpu_type form, const int columns,
+                            uint32_t index, const uint8_t *codes, const int half, __m512 *out)
+{
+    __m512i sums[MAX_COLUMNS];
+#pragma GCC unroll 8
+    for (int c = 0; c < columns; c++)
+        sums[c] = start(form, block_of(call, c, index)->minus_sum[half]);
+    dot(call, columns, index, codes, (int)form.bits, 4 * half, sums);
+#pragma GCC unroll 8
+    for (int c = 0; c < columns; c++)
+        out[c] = _mm512_cvtepi32_ps(sums[c]);
+}
+
 // A block of 32 under one scale (and minimum) a row: total[c] += (scale * q - min) * x
 ALWAYS_INLINE void add_block(const struct tile_call *call, const struct cpu_type form, const int columns,
                              uint32_t index, const uint8_t *codes, __m512 scale, __m512 plus_min,
                              __m512 *total)
 {
-    __m512i sums[MAX_COLUMNS];
+    __m512 dots[2][MAX_COLUMNS];
+    dot_half(call, form, columns, index, codes, 0, dots[0]);
 #pragma GCC unroll 8
     for (int c = 0; c < columns; c++)
-        sums[c] = form.offset ? _mm512_slli_epi32(_mm512_set1_epi32(block_of(call, c, index)->minus_sum),
-                                                  (unsigned)log2_of(form.offset))
-                              : _mm512_setzero_si512();
-    dot(call, columns, index, codes, (int)form.bits, 0, 8, sums);
+        dots[0][c] = _mm512_mul_ps(dots[0][c], _mm512_set1_ps(block_of(call, c, index)->scale[0]));
+    dot_half(call, form, columns, index, codes, 1, dots[1]);
 #pragma GCC unroll 8
     for (int c = 0; c < columns; c++) {
         const struct cpu_q8_block *x = block_of(call, c, index);
-        __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(x->scale));
-        total[c] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[c]), both, total[c]);
+        __m512 both = _mm512_fmadd_ps(dots[1][c], _mm512_set1_ps(x->scale[1]), dots[0][c]);
+        total[c] = _mm512_fmadd_ps(both, scale, total[c]);
         if (form.has_min)
-            total[c] = _mm512_fmadd_ps(plus_min, _mm512_set1_ps(x->scaled_sum), total[c]);
+            total[c] = _mm512_fmadd_ps(plus_min, _mm512_set1_ps(x->scaled_total), total[c]);
     }
 }
 
@@ -122,42 +145,26 @@ ALWAYS_INLINE __m512 halves(const uint8_t *p)
     return _mm512_cvtph_ps(_mm256_load_si256((const __m256i *)p));
 }
 
-// A block of 32 with a scale (and minimum) for each 16: total[c] += d * (sum of scale * (q - offset) * x) -
-// ...
+// A block of 32 with a scale (and minimum) for each 16: total[c] += (d * scale * q - dmin * min) * x of each
 ALWAYS_INLINE void add_two_groups(const struct tile_call *call, const struct cpu_type form, const int columns,
                                   uint32_t index, const uint8_t *codes, const uint8_t *scales, __m512 d,
-                                  __m512 dmin, __m512 *total)
+                                  __m512 minus_dmin, __m512 *total)
 {
-    __m512 dots[MAX_COLUMNS], mins[MAX_COLUMNS];
 #pragma GCC unroll 2
     for (int half = 0; half < 2; half++) {
-        __m512 scale = form.has_min ? nibbles(scales + 16 * half, 0) : signed_bytes(scales + 16 * half);
-        __m512 min = form.has_min ? nibbles(scales + 16 * half, 4) : _mm512_setzero_ps();
-        __m512i sums[MAX_COLUMNS], minus[MAX_COLUMNS];
+        const uint8_t *bytes = scales + 16 * half;
+        __m512 scale = _mm512_mul_ps(d, form.has_min ? nibbles(bytes, 0) : signed_bytes(bytes));
+        __m512 plus_min = form.has_min ? _mm512_mul_ps(minus_dmin, nibbles(bytes, 4)) : _mm512_setzero_ps();
+        __m512 dots[MAX_COLUMNS];
+        dot_half(call, form, columns, index, codes, half, dots);
 #pragma GCC unroll 8
         for (int c = 0; c < columns; c++) {
             const struct cpu_q8_block *x = block_of(call, c, index);
-            minus[c] = _mm512_set1_epi32(half ? x->minus_sum - x->minus_half_sum : x->minus_half_sum);
-            sums[c] = form.offset ? _mm512_slli_epi32(minus[c], (unsigned)log2_of(form.offset))
-                                  : _mm512_setzero_si512();
+            __m512 scaled = _mm512_mul_ps(dots[c], _mm512_set1_ps(x->scale[half]));
+            total[c] = _mm512_fmadd_ps(scaled, scale, total[c]);
+            if (form.has_min)
+                total[c] = _mm512_fmadd_ps(plus_min, _mm512_set1_ps(x->scaled_sum[half]), total[c]);
         }
-        dot(call, columns, index, codes, (int)form.bits, 4 * half, 4, sums);
-#pragma GCC unroll 8
-        for (int c = 0; c < columns; c++) {
-            __m512 sum = _mm512_cvtepi32_ps(sums[c]);
-            dots[c] = half ? _mm512_fmadd_ps(sum, scale, dots[c]) : _mm512_mul_ps(sum, scale);
-            if (form.has_min) {
-                __m512 x_sum = _mm512_cvtepi32_ps(minus[c]);
-                mins[c] = half ? _mm512_fmadd_ps(x_sum, min, mins[c]) : _mm512_mul_ps(x_sum, min);
-            }
-        }
-    }
-#pragma GCC unroll 8
-    for (int c = 0; c < columns; c++) {
-        __m512 scale = _mm512_set1_ps(block_of(call, c, index)->scale);
-        total[c] = _mm512_fmadd_ps(dots[c], _mm512_mul_ps(d, scale), total[c]);
-        if (form.has_min)
-            total[c] = _mm512_fmadd_ps(mins[c], _mm512_mul_ps(dmin, scale), total[c]);
     }
 }
 
@@ -185,18 +192,17 @@ ALWAYS_INLINE void sum_256(const struct tile_call *call, const struct cpu_type f
     const uint32_t code_bytes = cpu_code_bytes(form.bits);
     const uint8_t *header = call->tile;
     for (uint32_t i = 0; i < call->width / 32; i += 8, header += K_HEADER + 8 * code_bytes) {
-        __m512 d = halves(header), dmin = halves(header + 32);
+        __m512 d = halves(header), minus_dmin = _mm512_sub_ps(_mm512_setzero_ps(), halves(header + 32));
         const uint8_t *scales = header + 64, *codes = header + K_HEADER;
         fetch_ahead(header, K_HEADER);
         for (uint32_t j = 0; j < 8; j++, codes += code_bytes) {
             fetch_ahead(codes, code_bytes);
             if (form.group == 16) {
-                add_two_groups(call, form, columns, i + j, codes, scales + 32 * j, d, dmin, total);
+                add_two_groups(call, form, columns, i + j, codes, scales + 32 * j, d, minus_dmin, total);
             } else {
                 __m512 scale = _mm512_mul_ps(d, signed_bytes(scales + 16 * j));
-                __m512 min = _mm512_mul_ps(dmin, signed_bytes(scales + 128 + 16 * j));
-                add_block(call, form, columns, i + j, codes, scale, _mm512_sub_ps(_mm512_setzero_ps(), min),
-                          total);
+                __m512 plus_min = _mm512_mul_ps(minus_dmin, signed_bytes(scales + 128 + 16 * j));
+                add_block(call, form, columns, i + j, codes, scale, plus_min, total);
             }
         }
     }

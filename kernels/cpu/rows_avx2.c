@@ -44,23 +44,26 @@ static inline int store_16(int8_t *q, __m256 low, __m256 high, float inverse)
     return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 1)));
 }
 
+static inline void store_half(struct cpu_q8_block *block, int half, __m256 low, __m256 high)
+{
+    float most = greatest(_mm256_max_ps(absolute(low), absolute(high)));
+    // Below this the quotient would overflow: such values are zero for all purposes.
+    float inverse = most > 1e-30f ? 127 / most : 0;
+    int sum = store_16(block->q + 16 * half, low, high, inverse);
+    block->scale[half] = most > 1e-30f ? most / 127 : 0;
+    block->scaled_sum[half] = block->scale[half] * (float)sum;
+    block->minus_sum[half] = -sum;
+}
+
 // One block of `count` <= 32 values; those behind the count are zero.
 static inline void store_block(struct cpu_q8_block *block, const float *values, uint32_t count)
 {
-    __m256 v[4], most = _mm256_setzero_ps();
-    for (uint32_t i = 0; i < 4; i++) {
+    __m256 v[4];
+    for (uint32_t i = 0; i < 4; i++)
         v[i] = count > 8 * i ? load_first(values + 8 * i, count - 8 * i) : _mm256_setzero_ps();
-        most = _mm256_max_ps(most, absolute(v[i]));
-    }
-    float max = greatest(most);
-    // Below this the quotient would overflow: such a block is zero for all purposes.
-    float inverse = max > 1e-30f ? 127 / max : 0;
-    int half = store_16(block->q, v[0], v[1], inverse);
-    int sum = half + store_16(block->q + 16, v[2], v[3], inverse);
-    block->scale = max > 1e-30f ? max / 127 : 0;
-    block->scaled_sum = block->scale * (float)sum;
-    block->minus_sum = -sum;
-    block->minus_half_sum = -half;
+    store_half(block, 0, v[0], v[1]);
+    store_half(block, 1, v[2], v[3]);
+    block->scaled_total = block->scaled_sum[0] + block->scaled_sum[1];
 }
 
 void cpu_store_span_avx2(const struct activation *activation, uint32_t row, uint32_t first, uint32_t count,

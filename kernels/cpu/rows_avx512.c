@@ -9,27 +9,25 @@ static inline __mmask16 first_lanes(uint32_t count)
     return count >= 16 ? (__mmask16)0xffff : (__mmask16)((1u << count) - 1);
 }
 
-static inline __m512i quantize(__m512 values, __m512 inverse)
+static inline void store_half(struct cpu_q8_block *block, int half, __m512 values)
 {
-    return _mm512_cvtps_epi32(_mm512_mul_ps(values, inverse)); // rounds to nearest even
+    float most = _mm512_reduce_max_ps(_mm512_abs_ps(values));
+    // Below this the quotient would overflow: such values are zero for all purposes.
+    float inverse = most > 1e-30f ? 127 / most : 0;
+    __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(values, _mm512_set1_ps(inverse))); // rounds to nearest even
+    _mm_storeu_si128((__m128i *)(block->q + 16 * half), _mm512_cvtsepi32_epi8(q));
+    int sum = _mm512_reduce_add_epi32(q);
+    block->scale[half] = most > 1e-30f ? most / 127 : 0;
+    block->scaled_sum[half] = block->scale[half] * (float)sum;
+    block->minus_sum[half] = -sum;
 }
 
 // One block of `count` <= 32 values; those behind the count are zero.
 static inline void store_block(struct cpu_q8_block *block, const float *values, uint32_t count)
 {
-    __m512 low = _mm512_maskz_loadu_ps(first_lanes(count), values);
-    __m512 high = _mm512_maskz_loadu_ps(count > 16 ? first_lanes(count - 16) : 0, values + 16);
-    float most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
-    // Below this the quotient would overflow: such a block is zero for all purposes.
-    float inverse = most > 1e-30f ? 127 / most : 0;
-    __m512i q_low = quantize(low, _mm512_set1_ps(inverse)), q_high = quantize(high, _mm512_set1_ps(inverse));
-    _mm_storeu_si128((__m128i *)block->q, _mm512_cvtsepi32_epi8(q_low));
-    _mm_storeu_si128((__m128i *)(block->q + 16), _mm512_cvtsepi32_epi8(q_high));
-    int half = _mm512_reduce_add_epi32(q_low), sum = half + _mm512_reduce_add_epi32(q_high);
-    block->scale = most > 1e-30f ? most / 127 : 0;
-    block->scaled_sum = block->scale * (float)sum;
-    block->minus_sum = -sum;
-    block->minus_half_sum = -half;
+    store_half(block, 0, _mm512_maskz_loadu_ps(first_lanes(count), values));
+    store_half(block, 1, _mm512_maskz_loadu_ps(count > 16 ? first_lanes(count - 16) : 0, values + 16));
+    block->scaled_total = block->scaled_sum[0] + block->scaled_sum[1];
 }
 
 void cpu_store_span_avx512(const struct activation *activation, uint32_t row, uint32_t first, uint32_t count,

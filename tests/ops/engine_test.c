@@ -135,10 +135,13 @@ static const char *const TYPES[] = {"f32",  "f16",  "bf16", "q4_0", "q4_1", "q5_
 enum { N_TYPES = sizeof(TYPES) / sizeof(TYPES[0]), FIRST_QUANT = 3 };
 
 // Everybody rounds keys and values to 16 bits. Above the portable level, quantized weights meet activations
-// rounded to 8 bits, as in other engines; on random weights, which forgive nothing, that is about 2%.
+// rounded to 8 bits, 16 under one scale: steps of max / 127 put a normal value off by half a percent, and the
+// products of four layers and the head each add theirs. On random weights, which forgive nothing, that comes
+// to 1.7 - 2.1% (Q4_0 and GPT-2: at most 1.2%), with other seeds of the weights to 2.3%. With 32 under one
+// scale it was up to 2.6%, which the bound would catch.
 static double bound_of(int type, uint32_t level)
 {
-    return type >= FIRST_QUANT && level != LEVEL_PORTABLE ? 0.03 : 0.002;
+    return type >= FIRST_QUANT && level != LEVEL_PORTABLE ? 0.025 : 0.002;
 }
 
 static void check_distance(const char *family, int type, uint32_t level)

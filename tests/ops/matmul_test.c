@@ -1,15 +1,16 @@
 // matmul at every level and type, against products computed in f64 from the types' own definitions.
 //
 // What is allowed: at the portable level, one rounding of each weight and of the result. Elsewhere
-// activations are rounded to 8 bits in blocks of 32, so that each is off by at most half a step, max / 254,
-// and a sum by that times the weights; and f32 sums are off by a unit for each of their additions.
-// Activations that are whole multiples of their block's step are not rounded at all; with those the bound is
+// activations are rounded to 8 bits, 16 of them under one scale, so that each is off by at most half a step,
+// max / 254, and a sum by that times the weights; and f32 sums are off by a unit for each of their additions.
+// Activations that are whole multiples of their step are not rounded at all; with those the bound is
 // that of the sums alone, far narrower.
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "kernels/cpu/cpu_internal.h"
+#include "kernels/cpu/cpu_types.h"
 #include "tests/suite.h"
 #include "tests/weights.h"
 
@@ -32,13 +33,13 @@ static struct device *open_level(uint32_t level, uint32_t threads)
     return device;
 }
 
-// Values of a block: random; or (exact) whole numbers times a power of two, the largest 127.
+// Values, 16 by 16: random; or (exact) whole numbers times a power of two, the largest 127.
 static void fill_column(float *x, uint32_t width, bool exact, uint64_t *random)
 {
-    for (uint32_t first = 0; first < width; first += 32) {
+    for (uint32_t first = 0; first < width; first += 16) {
         int exponent = (int)(random_bits(random) % 5) - 4;
-        uint32_t peak = (uint32_t)(random_bits(random) % 32);
-        for (uint32_t i = 0; i < 32 && first + i < width; i++) {
+        uint32_t peak = (uint32_t)(random_bits(random) % 16);
+        for (uint32_t i = 0; i < 16 && first + i < width; i++) {
             int whole = (int)(random_bits(random) % 255) - 127;
             x[first + i] = exact ? ldexpf((float)(i == peak ? 127 : whole), exponent)
                                  : ldexpf(random_signed(random), exponent);
@@ -110,9 +111,9 @@ static double reference(const struct problem *p, uint32_t n, uint32_t t, bool qu
     const double *values = p->values + (size_t)n * p->width, *gross = p->gross + (size_t)n * p->width;
     const float *x = p->x + (size_t)t * p->width;
     double sum = 0, gross_sum = 0, rounding = 0;
-    for (uint32_t first = 0; first < p->width; first += 32) {
+    for (uint32_t first = 0; first < p->width; first += 16) {
         double most = 0, weights = 0;
-        for (uint32_t k = first; k < first + 32 && k < p->width; k++) {
+        for (uint32_t k = first; k < first + 16 && k < p->width; k++) {
             sum += values[k] * x[k];
             gross_sum += gross[k] * fabs(x[k]);
             weights += fabs(values[k]);
@@ -120,8 +121,10 @@ static double reference(const struct problem *p, uint32_t n, uint32_t t, bool qu
         }
         rounding += weights * most / 254;
     }
-    // Additions of one f32 sum: one or two a block, one a k for floats; and a few for the factors.
-    double additions = (quantized ? p->width / 16 : p->width) + 8;
+    // Additions of one f32 sum: for the products and the minimums, if any, one a group of weights; for floats
+    // one a k; and a few for the factors.
+    struct cpu_type form = cpu_type_of(p->type);
+    double additions = (quantized ? p->width / form.group * (form.has_min ? 2 : 1) : p->width) + 8;
     *allowed = additions * 0x1p-24 * (gross_sum + (quantized && !exact ? rounding * 2 : 0)) + 1e-30;
     if (quantized && !exact)
         *allowed += rounding * 1.00001;

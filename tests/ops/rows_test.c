@@ -48,7 +48,24 @@ static const float *row_of(const struct activation *a, uint32_t row)
     return rows.floats + row * rows.float_stride;
 }
 
-// Each block's codes are the nearest to value / scale, its sums are those of the codes; floats are untouched.
+static void check_half(const struct cpu_q8_block *block, int half, const float *x, uint32_t count)
+{
+    float most = 0;
+    int sum = 0;
+    for (uint32_t i = 0; i < 16; i++) {
+        float value = i < count ? x[i] : 0;
+        int q = block->q[16 * half + (int)i];
+        most = fmaxf(most, fabsf(value));
+        sum += q;
+        double steps = most > 0 ? value / (double)block->scale[half] : 0;
+        ck_assert_msg(fabs(steps - q) <= 0.50001, "%g steps became %d", steps, q);
+    }
+    ck_assert_float_eq(block->scale[half], most / 127);
+    ck_assert_int_eq(block->minus_sum[half], -sum);
+    ck_assert_float_eq(block->scaled_sum[half], block->scale[half] * (float)sum);
+}
+
+// Each half's codes are the nearest to value / scale, its sums are those of the codes; floats are untouched.
 START_TEST(test_store)
 {
     uint64_t random = random_seed("test_store");
@@ -67,21 +84,9 @@ START_TEST(test_store)
             ck_assert(!memcmp(row_of(&a, t), x, width * sizeof(float)));
             const struct cpu_q8_block *block = (const struct cpu_q8_block *)(rows.q8 + t * rows.q8_stride);
             for (uint32_t first = 0; first < width; first += 32, block++) {
-                float most = 0;
-                int sum = 0, half = 0;
-                for (uint32_t i = 0; i < 32; i++) {
-                    float value = first + i < width ? x[first + i] : 0;
-                    most = fmaxf(most, fabsf(value));
-                    sum += block->q[i];
-                    half += i < 16 ? block->q[i] : 0;
-                    double steps = value / (double)block->scale;
-                    ck_assert_msg(fabs(steps - block->q[i]) <= 0.50001, "%g steps became %d", steps,
-                                  block->q[i]);
-                }
-                ck_assert_float_eq(block->scale, most / 127);
-                ck_assert_int_eq(block->minus_sum, -sum);
-                ck_assert_int_eq(block->minus_half_sum, -half);
-                ck_assert_float_eq(block->scaled_sum, block->scale * (float)sum);
+                check_half(block, 0, x + first, width - first);
+                check_half(block, 1, x + first + 16, width > first + 16 ? width - first - 16 : 0);
+                ck_assert_float_eq(block->scaled_total, block->scaled_sum[0] + block->scaled_sum[1]);
             }
             free(x);
         }
@@ -102,8 +107,12 @@ START_TEST(test_store_zero_and_tiny)
     cpu_activation_store_row(cpu_device_of(device), &a, 0, x);
     const struct cpu_q8_block *block = (const struct cpu_q8_block *)cpu_activation_rows(&a).q8;
     for (int b = 0; b < 2; b++) {
-        ck_assert_float_eq(block[b].scale, 0);
-        ck_assert_int_eq(block[b].minus_sum, 0);
+        for (int half = 0; half < 2; half++) {
+            ck_assert_float_eq(block[b].scale[half], 0);
+            ck_assert_float_eq(block[b].scaled_sum[half], 0);
+            ck_assert_int_eq(block[b].minus_sum[half], 0);
+        }
+        ck_assert_float_eq(block[b].scaled_total, 0);
         for (int i = 0; i < 32; i++)
             ck_assert_int_eq(block[b].q[i], 0);
     }
