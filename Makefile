@@ -31,7 +31,7 @@ programs: configure
 	@ninja -C $(BUILD) -j$(JOBS) strata strata-coordinator strata-worker
 
 demo: programs
-	@scripts/demo.sh $(BUILD) $(MODEL)
+	@scripts/demo.sh $(BUILD) "$(MODEL)"
 
 check: build
 	@ctest --test-dir $(BUILD) -j$(JOBS)

@@ -140,6 +140,7 @@ static void end_epoch(struct worker_pool *pool, enum wire_pool_state next, const
             continue;
         member->stage = -1;
         member->state = MEMBER_JOINED;
+        member->kv_bytes = 0; // the worker frees its pages when it reads this
         pool_send(pool, member, &abort);
     }
 }
@@ -315,11 +316,11 @@ static void judge_hello(const struct worker_pool *pool, const struct wire_worker
 {
     text[0] = '\0';
     size_t length = strlen(hello->worker);
-    if (hello->protocol != POOL_PROTOCOL)
+    if (hello->protocol != WIRE_POOL_PROTOCOL)
         snprintf(text, capacity,
                  "the worker speaks version %u of the pool protocol, the coordinator version %d: install the "
                  "same release of Strata on both",
-                 hello->protocol, POOL_PROTOCOL);
+                 hello->protocol, WIRE_POOL_PROTOCOL);
     else if (hello->fingerprint != pool->fingerprint)
         snprintf(text, capacity,
                  "the worker has another model file: its fingerprint is %016" PRIx64

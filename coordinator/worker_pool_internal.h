@@ -9,7 +9,6 @@
 #include "coordinator/worker_pool.h"
 
 enum {
-    POOL_PROTOCOL = 1,
     MAX_JOINED = 256,      // Join streams at once
     MAX_INBOX = 1024,      // messages of one worker that nobody has read yet
     MAX_WORKER_NAME = 128, // bytes

@@ -179,6 +179,10 @@ WIRE_CODEC(pool)
 
 // --- strata.v1.Pool (wire_pool.c)
 
+enum {
+    WIRE_POOL_PROTOCOL = 1
+}; // what a worker's hello must say: raised when old and new cannot work together
+
 enum wire_worker_kind {
     WIRE_HELLO = 1,
     WIRE_PROGRESS,

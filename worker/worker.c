@@ -24,7 +24,7 @@
 #include "worker/outbox.h"
 #include "worker/step_service.h"
 
-enum { PROTOCOL = 1, FIRST_PAUSE_US = 200000, LAST_PAUSE_US = 2000000, HOST_BYTES = 65, NAME_BYTES = 128 };
+enum { FIRST_PAUSE_US = 200000, LAST_PAUSE_US = 2000000, HOST_BYTES = 65, NAME_BYTES = 128 };
 
 struct worker {
     struct worker_options options;
@@ -256,7 +256,7 @@ static int say_hello(struct worker *worker, struct rpc_stream *stream)
                                         .worker = worker->name,
                                         .host = worker->host,
                                         .link_address = worker->link_address,
-                                        .protocol = PROTOCOL,
+                                        .protocol = WIRE_POOL_PROTOCOL,
                                         .fingerprint = gguf_fingerprint(worker->gguf),
                                         .pid = (uint64_t)getpid()};
     step_service_describe(worker->service, &hello);

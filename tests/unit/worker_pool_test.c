@@ -112,7 +112,7 @@ static struct wire_worker_message hello_of(struct fake *fake)
     snprintf(link, sizeof(link), "unix:/%s", fake->name);
     return (struct wire_worker_message){.kind = WIRE_HELLO,
                                         .worker = fake->name,
-                                        .protocol = POOL_PROTOCOL,
+                                        .protocol = WIRE_POOL_PROTOCOL,
                                         .fingerprint = gguf_fingerprint(gguf),
                                         .backend = "cpu",
                                         .device = "a fake device",
