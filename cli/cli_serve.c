@@ -272,16 +272,13 @@ static void reap(struct supervisor *s)
 
 // --- the loop ---
 
-// "ready on A,B,unix:private" loses the private address on its way to our standard output.
+// The coordinator names the first address it listens on, which is the user's.
 static void relay_ready_line(struct supervisor *s)
 {
     char *newline = memchr(s->ready_line, '\n', s->ready_bytes);
     if (!newline || s->ready)
         return;
     *newline = '\0';
-    char *private_address = strstr(s->ready_line, s->client_address);
-    if (private_address > s->ready_line && private_address[-1] == ',')
-        private_address[-1] = '\0';
     progress_end(s->progress);
     s->ready = true;
     puts(s->ready_line);

@@ -90,7 +90,6 @@ static void weigh_layers(struct table *table, const struct gguf *gguf)
 static void fill_plan(struct shard_plan *out, const struct table *table, const struct model_spec *spec,
                       const struct gguf *gguf)
 {
-    uint64_t embedding = tensor_bytes(gguf, "token_embd.weight");
     uint32_t first = 0;
     *out = (struct shard_plan){.n_stages = table->n_stages};
     for (uint32_t i = 0; i < table->n_stages; i++) {
@@ -101,12 +100,13 @@ static void fill_plan(struct shard_plan *out, const struct table *table, const s
         stage->weight_bytes = stage_cost(table, i, first, stage->n_layers);
         if (spec->rope_factors)
             stage->weight_bytes += tensor_bytes(gguf, "rope_freqs.weight");
+        // Of a tied model the head is counted already, rightly: a device keeps those bytes twice, packed as
+        // the table that rows are looked up in and as the matrix that makes logits.
         if (i == 0)
-            stage->weight_bytes += embedding + tensor_bytes(gguf, "position_embd.weight");
+            stage->weight_bytes +=
+                tensor_bytes(gguf, "token_embd.weight") + tensor_bytes(gguf, "position_embd.weight");
         first += stage->n_layers;
     }
-    if (spec->tied_head && table->n_stages == 1)
-        out->stages[0].weight_bytes -= embedding; // embedding and head are the same bytes
 }
 
 int shard_plan_make(struct shard_plan *out, const struct model_spec *spec, const struct gguf *gguf,

@@ -12,7 +12,7 @@
 struct shard_stage {
     uint32_t first_layer;
     uint32_t n_layers;     // at least 1
-    uint64_t weight_bytes; // as in the file, embedding (first stage) and head (last stage) included
+    uint64_t weight_bytes; // as in the file, with the embedding (first stage) and the head (last stage)
     uint64_t kv_bytes_per_position;
 };
 

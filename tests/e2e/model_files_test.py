@@ -66,9 +66,8 @@ def check_plan(plan, want, workers, layers, options):
     assert [s["first_layer"] for s in stages] == [sum(s["layers"] for s in stages[:i]) for i in range(workers)]
     assert sum(s["layers"] for s in stages) == layers and min(s["layers"] for s in stages) >= 1
     total = sum(t[2] for t in want.values())
-    if workers > 1:
-        total += want["token_embd.weight"][2] if options.get("tied") else 0
-        total += (workers - 1) * want.get("rope_freqs.weight", (0, 0, 0))[2]
+    total += want["token_embd.weight"][2] if options.get("tied") else 0  # once as a table, once as the head
+    total += (workers - 1) * want.get("rope_freqs.weight", (0, 0, 0))[2]
     assert sum(s["weight_bytes"] for s in stages) == plan["weight_bytes"] == total, (plan, total)
     for s in stages:
         assert s["kv_bytes_per_position"] == s["layers"] * a.kv_heads * a.head_dim * 2 * 2
