@@ -175,15 +175,19 @@ static void compute_group(struct step_head *head, struct workspace *ws, struct s
 
 // --- results ---
 
-// Copies `count` alternatives; *first gets their place in the result.
-static int report_tops(struct step_result *result, const struct token_logprob *from, uint32_t count,
-                       uint32_t *first)
+// Copies up to `most` alternatives; *first and *count get their place in the result. There are fewer where
+// fewer tokens have any probability: a small vocabulary, or logits that are no numbers.
+static int report_tops(struct step_result *result, const struct token_logprob *from, uint32_t most,
+                       uint32_t *first, uint32_t *count)
 {
     *first = result->n_tops;
-    struct token_logprob *to = count ? step_result_add_tops(result, count) : NULL;
-    if (count && !to)
+    *count = 0;
+    while (*count < most && from[*count].token >= 0)
+        ++*count;
+    struct token_logprob *to = *count ? step_result_add_tops(result, *count) : NULL;
+    if (*count && !to)
         return STATUS_NO_MEMORY;
-    for (uint32_t i = 0; i < count; i++)
+    for (uint32_t i = 0; i < *count; i++)
         to[i] = from[i];
     return STATUS_OK;
 }
@@ -197,15 +201,16 @@ static int report_score(struct step_result *result, const struct step_plan *plan
     prompt->row = wanted->row;
     prompt->position = plan->rows[wanted->row].position + wanted->offset + 1;
     prompt->token = (struct token_logprob){wanted->target, ws->host.scores[score->out]};
-    prompt->top_count = score->top;
-    return report_tops(result, ws->host.tops + score->top_first, score->top, &prompt->top_first);
+    return report_tops(result, ws->host.tops + score->top_first, score->top, &prompt->top_first,
+                       &prompt->top_count);
 }
 
 static int report_samples(struct step_result *result, struct step_draws *draws, const struct workspace *ws,
                           uint32_t row, const struct sample_row *sampled)
 {
-    uint32_t top_first;
-    int status = report_tops(result, ws->host.tops + sampled->top_first, sampled->top, &top_first);
+    uint32_t top_first, top_count;
+    int status =
+        report_tops(result, ws->host.tops + sampled->top_first, sampled->top, &top_first, &top_count);
     for (uint32_t draw = 0; !status && draw < sampled->draws; draw++) {
         struct step_sample *sample = step_result_add_sample(result);
         if (!sample)
@@ -213,7 +218,7 @@ static int report_samples(struct step_result *result, struct step_draws *draws, 
         int32_t token = ws->host.drawn[sampled->out_first + draw];
         draws->tokens[draws->row_first[row] + draw] = token;
         *sample = (struct step_sample){
-            .row = row, .draw = draw, .token = token, .top_first = top_first, .top_count = sampled->top};
+            .row = row, .draw = draw, .token = token, .top_first = top_first, .top_count = top_count};
         if (sampled->logprob)
             sample->logprob = ws->host.drawn_logprobs[sampled->out_first + draw];
     }

@@ -16,24 +16,25 @@ static struct local_engine engine;
 static struct error error;
 static const struct device_options DEVICE = {.threads = 1};
 
-static void find_model(void)
+static void open_engine(int vocabulary)
 {
     const int32_t token = 1;
+    char options[128];
     double *logits;
     size_t count;
-    ck_assert_msg(
-        engine_oracle(
-            "arch=llama mix=q8_0 layers=2 vocab_size=300 embd=256 heads=4 kv_heads=2 ffn=256 context=512",
-            &token, 1, model, sizeof(model), &logits, &count),
-        "the generator needs /usr/bin/python3 with numpy");
+    snprintf(options, sizeof(options),
+             "arch=llama mix=q8_0 layers=2 vocab_size=%d embd=256 heads=4 kv_heads=2 ffn=256 context=512",
+             vocabulary);
+    ck_assert_msg(engine_oracle(options, &token, 1, model, sizeof(model), &logits, &count),
+                  "the generator needs /usr/bin/python3 with numpy");
     free(logits);
+    ck_assert_msg(local_engine_open(&engine, model, &DEVICE, SLOTS, CONTEXT, POSITIONS, &error) == 0, "%s",
+                  error.text);
 }
 
 static void setup(void)
 {
-    find_model();
-    ck_assert_msg(local_engine_open(&engine, model, &DEVICE, SLOTS, CONTEXT, POSITIONS, &error) == 0, "%s",
-                  error.text);
+    open_engine(VOCAB);
 }
 
 static void teardown(void)
@@ -335,6 +336,28 @@ START_TEST(test_n_draws_share_their_alternatives)
 }
 END_TEST
 
+// More alternatives than there are tokens: what comes back has none that is no token.
+START_TEST(test_alternatives_end_with_the_vocabulary)
+{
+    local_engine_close(&engine);
+    open_engine(12);
+    add_open(0);
+    add_pages(0, 0, 0, 1);
+    struct step_row *row = drawing(add_row(0, 0, 1), 1);
+    row->logits = STEP_LOGITS_ALL;
+    row->next_token = 3;
+    row->top_logprobs = MAX_TOP_LOGPROBS;
+    run();
+    ck_assert_uint_eq(engine.result.n_prompts, 1);
+    ck_assert_uint_eq(engine.result.n_samples, 1);
+    ck_assert_uint_eq(engine.result.prompts[0].top_count, 12);
+    ck_assert_uint_eq(engine.result.samples[0].top_count, 12);
+    ck_assert_uint_eq(engine.result.n_tops, 24);
+    for (uint32_t i = 0; i < engine.result.n_tops; i++)
+        ck_assert(engine.result.tops[i].token >= 0 && engine.result.tops[i].token < 12);
+}
+END_TEST
+
 START_TEST(test_copied_pages_carry_a_sequence_on)
 {
     struct rows rows = {0};
@@ -589,6 +612,7 @@ Suite *make_suite(void)
     tcase_add_test(tests, test_logits_only_where_they_are_wanted);
     tcase_add_test(tests, test_prompt_logprobs_in_groups);
     tcase_add_test(tests, test_n_draws_share_their_alternatives);
+    tcase_add_test(tests, test_alternatives_end_with_the_vocabulary);
     tcase_add_test(tests, test_copied_pages_carry_a_sequence_on);
     tcase_add_test(tests, test_replaced_pages_are_read);
     tcase_add_test(tests, test_the_first_stage_sends_residuals_and_reads_draws);
