@@ -48,6 +48,7 @@ static const struct option OPTIONS[] = {
      0},
     {"drain-timeout", 0, OPTION_FLOAT, "SECONDS", NULL, "How long running requests may finish after SIGTERM.",
      0, 0},
+    {"max-connection-age", 0, OPTION_FLOAT, "SECONDS", NULL, "Ask clients to reconnect after so long.", 0, 0},
     {"model-name", 0, OPTION_STRING, "NAME", NULL, "The name clients may ask for (default: the model's own).",
      0, 0},
     {"python", 0, OPTION_STRING, "FILE", NULL, "Interpreter with jinja2, for chat templates.", 0, 0},
@@ -68,9 +69,9 @@ static const struct option OPTIONS[] = {
 };
 
 static const char *const COORDINATOR_OPTIONS[] = {
-    "context",         "max-sequences", "max-waiting",   "step-budget", "chunk",  "kv-pages",
-    "memory-fraction", "step-timeout",  "drain-timeout", "model-name",  "python", "tls-cert",
-    "tls-key",         "tls-ca",        "log-level",     NULL};
+    "context",         "max-sequences", "max-waiting",   "step-budget",        "chunk",      "kv-pages",
+    "memory-fraction", "step-timeout",  "drain-timeout", "max-connection-age", "model-name", "python",
+    "tls-cert",        "tls-key",       "tls-ca",        "log-level",          NULL};
 static const char *const WORKER_OPTIONS[] = {"threads", "level", "backend", "log-level", NULL};
 
 static const char USAGE[] = "strata serve [options] MODEL.gguf";

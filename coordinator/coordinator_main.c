@@ -46,6 +46,10 @@ static const struct option options[] = {
      86400},
     {"drain-timeout", 0, OPTION_FLOAT, "SECONDS", "30",
      "How long running requests may take to finish at the end.", 0, 86400},
+    {"max-connection-age", 0, OPTION_FLOAT, "SECONDS", "0",
+     "Ask clients to reconnect after so long, so that those behind a load balancer spread; running answers "
+     "are not cut. 0: never.",
+     0, 1e6},
     {"python", 0, OPTION_STRING, "FILE", "/usr/bin/python3", "The interpreter that renders chat templates.",
      0, 0},
     {"tls-cert", 0, OPTION_STRING, "FILE", NULL, "Serve clients over TLS with this certificate (PEM).", 0, 0},
@@ -86,6 +90,7 @@ static struct coordinator_options read_options(const struct config *config)
         .memory_fraction = config_float(config, "memory-fraction"),
         .step_timeout_us = seconds(config, "step-timeout"),
         .drain_timeout_us = seconds(config, "drain-timeout"),
+        .max_connection_age_ms = (uint32_t)(config_float(config, "max-connection-age") * 1e3),
         .python = config_string(config, "python"),
         .tls_cert = config_string(config, "tls-cert"),
         .tls_key = config_string(config, "tls-key"),

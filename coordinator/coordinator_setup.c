@@ -264,6 +264,7 @@ static int open_client_port(struct coordinator *hall, struct error *error)
     const struct rpc_server_options options = {.threads = 2,
                                                .max_message_bytes = MAX_MESSAGE_BYTES,
                                                .max_queued = service_max_queued(&rules),
+                                               .max_connection_age_ms = hall->options.max_connection_age_ms,
                                                .tls_cert = hall->options.tls_cert,
                                                .tls_key = hall->options.tls_key,
                                                .tls_ca = hall->options.tls_ca};
@@ -357,14 +358,4 @@ void coordinator_free(struct coordinator *hall)
     free(hall->template_source);
     gguf_close(hall->gguf);
     free(hall);
-}
-
-const char *coordinator_client_address(const struct coordinator *hall)
-{
-    return hall->client_address;
-}
-
-const char *coordinator_pool_address(const struct coordinator *hall)
-{
-    return hall->pool_address;
 }

@@ -268,6 +268,19 @@ def free_addresses():
         return [f"127.0.0.1:{s.getsockname()[1]}" for s in (probe, other)]
 
 
+def test_a_connection_grows_old():
+    """Behind a load balancer clients are to spread: an old connection is left, a running answer is not cut."""
+    with Server(e2e.small_model(), workers=1, coordinator=["--max-connection-age", 0.2]) as server:
+        states, tokens, began = [], 0, time.monotonic()
+        server.client.channel.subscribe(states.append)
+        for response in server.client.stream(long_request(n=8, max_tokens=1500)):
+            tokens += len(response.token_ids)
+        assert tokens == 12000, tokens
+        assert time.monotonic() - began > 0.3, "the answer was over before the connection was old"
+        until(lambda: grpc.ChannelConnectivity.IDLE in states, f"{states}: it was never asked to leave")
+        assert generate(server, **GREEDY, max_tokens=4).ids, "and it is welcome again"
+
+
 def test_tcp_ports():
     client, pool = free_addresses()
     with Server(e2e.small_model(), workers=2, start=False) as server:
