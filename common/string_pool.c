@@ -38,7 +38,10 @@ int string_pool_append(struct string_pool *pool, const void *bytes, size_t lengt
 int string_pool_end(struct string_pool *pool)
 {
     size_t room = pool->room;
-    int status = grow((void **)&pool->starts, &room, (size_t)pool->count + 2, sizeof(*pool->starts));
+    // Strings that are all empty have an address too.
+    int status = grow((void **)&pool->bytes, &pool->capacity, 1, 1);
+    if (!status)
+        status = grow((void **)&pool->starts, &room, (size_t)pool->count + 2, sizeof(*pool->starts));
     if (status)
         return status;
     pool->room = (uint32_t)room;
