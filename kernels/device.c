@@ -4,7 +4,12 @@
 
 #include <string.h>
 
-static const struct device_backend *const BACKENDS[] = {&cpu_backend};
+static const struct device_backend *const BACKENDS[] = {
+    &cpu_backend,
+#ifdef STRATA_HAVE_CUDA
+    &cuda_backend,
+#endif
+};
 
 static const struct device_backend *find_backend(const char *name)
 {
@@ -51,6 +56,17 @@ const char *device_describe(const struct device *device)
 uint64_t device_memory_free(const struct device *device)
 {
     return device->backend->memory_free(device);
+}
+
+void *device_stream(const struct device *device)
+{
+    return device->backend->stream(device);
+}
+
+uint32_t device_count(const char *backend)
+{
+    const struct device_backend *found = find_backend(backend);
+    return found ? found->count() : 0;
 }
 
 uint32_t device_best_level(const char *backend, uint32_t index)

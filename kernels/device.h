@@ -33,6 +33,10 @@ void device_close(struct device *device);
 uint32_t device_level(const struct device *device);
 const char *device_describe(const struct device *device); // "cpu avx512, 2 threads"
 uint64_t device_memory_free(const struct device *device); // bytes
+// The queue that ops go to, for libraries that join it: a cudaStream_t; NULL on the CPU.
+void *device_stream(const struct device *device);
+// How many devices the backend finds on this machine.
+uint32_t device_count(const char *backend);
 // The best level this machine can run, without opening anything.
 uint32_t device_best_level(const char *backend, uint32_t index);
 const char *device_level_name(uint32_t level);

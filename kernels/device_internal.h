@@ -13,6 +13,8 @@ struct device_backend {
     const char *(*describe)(const struct device *device);
     uint64_t (*memory_free)(const struct device *device);
     uint32_t (*best_level)(uint32_t index);
+    void *(*stream)(const struct device *device);
+    uint32_t (*count)(void);
 };
 
 // The first member of every backend's own struct.
@@ -22,5 +24,6 @@ struct device {
 };
 
 extern const struct device_backend cpu_backend;
+extern const struct device_backend cuda_backend; // STRATA_HAVE_CUDA
 
 #endif

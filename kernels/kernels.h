@@ -2,11 +2,12 @@
 // (scalar, sums in f64: the readable reference), AVX2 and AVX-512 VNNI; kernels/cuda the GPU's.
 //
 // Conventions
-// - Ops are queued on the device in order and return nothing; `sync` waits and reports the first fault since
-// the last
-//   one. The CPU backend computes before it returns. All calls come from the executor's thread.
+// - Ops are queued on the device in order and return nothing; `sync` waits, `reached` asks, and both report
+// the
+//   first fault since the last report. The CPU backend computes before it returns. All calls come from the
+//   executor's thread.
 // - Pointers marked [device] came from `alloc`, the others are host memory that may be reused when the call
-// returns.
+//   returns; only `fetch` writes later, into memory from `alloc_host`.
 // - Matrices are row-major; T is the number of token positions of the batch. No op allocates after warm-up.
 // - Batch invariance: what an op writes for one row depends on nothing but that row's inputs: not on T, not
 // on which
@@ -41,10 +42,12 @@ struct matrix {
 // Rows of inputs to matmul, in the forms its weights want (floats, int8 blocks, halves): made by norm,
 // attention and ffn_activate, read by matmul only.
 struct activation {
-    void *data;     // [device], activation_bytes() long
-    uint32_t width; // K
-    uint32_t rows;  // capacity
-    unsigned forms; // union of matrix_forms() over the matrices that will read it
+    void *data;           // [device], activation_bytes() long
+    uint32_t width;       // K
+    uint32_t rows;        // capacity
+    unsigned forms;       // union of matrix_forms() over the matrices that will read it
+    uint32_t n_generated; // rows [0, n_generated) are of generated tokens, the others of prompts
+    float unit;           // the device's: what is stored is x / unit; set by the op that fills it
 };
 
 // The positions of one step, flattened. All arrays [device].
@@ -56,6 +59,8 @@ struct batch_span {        // consecutive positions of one sequence
 struct batch {
     uint32_t n_tokens; // T
     uint32_t n_spans;
+    uint32_t
+        n_generated; // spans [0, n_generated) are one generated token each, so tokens [0, n_generated) too
     const int32_t *tokens;          // [T]
     const uint32_t *positions;      // [T]
     const uint32_t *slots;          // [T]
@@ -144,6 +149,24 @@ struct kernel_ops {
     void (*copy)(struct device *, void *to, const void *from, size_t bytes); // device to device
     int (*sync)(struct device *, struct error *error);
 
+    // Steps that run ahead of the host. alloc_host: host memory that the device can write to by itself,
+    // zeroed. fetch: a download that is complete once `mark`, taken after it, has been reached. reached: 1
+    // yes, 0 not yet, negative: a status, with its sentence. Marks are reached in order.
+    void *(*alloc_host)(struct device *, size_t bytes);
+    void (*free_host)(struct device *, void *);
+    void (*fetch)(struct device *, void *to /* alloc_host */, const void *from /* [device] */, size_t bytes);
+    uint64_t (*mark)(struct device *);
+    int (*reached)(struct device *, uint64_t mark, struct error *error);
+
+    // Programs: the ops between `record` and `record_end` are kept under `key` (and queued); `replay` queues
+    // them again at little cost, with the same addresses and sizes. replay is false when nothing is kept
+    // under that key, or the backend keeps nothing. In between: no alloc, upload, download, sync, sample or
+    // score. `forget` drops every program.
+    bool (*replay)(struct device *, uint32_t key);
+    void (*record)(struct device *, uint32_t key);
+    void (*record_end)(struct device *);
+    void (*forget)(struct device *);
+
     // Weights. matrix_bytes is the exact size of the packed form. matrix_pack reads rows x width weights in
     // GGUF's layout from host memory `source` and fills matrix->data, allocated by the caller; `matrix` has
     // type, rows, width, table set.
@@ -155,9 +178,14 @@ struct kernel_ops {
     size_t (*kv_page_bytes)(const struct device *, uint32_t n_kv_heads,
                             uint32_t head_size); // K and V, one layer
 
+    // tokens[i] = ring[sources[i]] where sources[i] >= 0, i < count. All [device].
+    void (*feed)(struct device *, int32_t *tokens, const int32_t *sources, const int32_t *ring,
+                 uint32_t count);
     // x[t] = table[tokens[t]] (+ positions[positions[t]] where that table is not NULL). x [T][width]
     void (*embed)(struct device *, float *x, const struct matrix *table, const struct matrix *positions,
                   const struct batch *batch);
+    // out[t] = x[t], t < rows. x [rows][width] [device]
+    void (*store)(struct device *, struct activation *out, const float *x, uint32_t rows);
     // out[i] = norm(x[index ? index[i] : i]) * weight (+ bias), i < rows. x [.][width]; weight, bias [width];
     // index [device]
     void (*norm)(struct device *, struct activation *out, const float *x, const uint32_t *index,
@@ -180,6 +208,8 @@ struct kernel_ops {
 
     // Sampling. logits [.][vocab] [device], not changed. NaN counts as -INFINITY. A slot is in one row of a
     // call.
+    size_t (*sampler_bytes)(const struct device *, uint32_t n_slots,
+                            uint32_t vocab); // device memory it takes
     int (*sampler_new)(struct sampler **out, struct device *, uint32_t n_slots, uint32_t vocab,
                        struct error *error);
     void (*sampler_free)(struct device *, struct sampler *);

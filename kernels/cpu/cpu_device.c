@@ -228,6 +228,41 @@ int cpu_sync(struct device *device, struct error *error)
     return status;
 }
 
+// What is queued is done: marks are always reached, and there is nothing to gain from keeping programs.
+void *cpu_alloc_host(struct device *device, size_t bytes)
+{
+    return calloc(1, bytes);
+}
+
+void cpu_free_host(struct device *device, void *memory)
+{
+    free(memory);
+}
+
+uint64_t cpu_mark(struct device *device)
+{
+    return 0;
+}
+
+int cpu_reached(struct device *device, uint64_t mark, struct error *error)
+{
+    int status = cpu_sync(device, error);
+    return status ? status : 1;
+}
+
+bool cpu_replay(struct device *device, uint32_t key)
+{
+    return false;
+}
+
+void cpu_record(struct device *device, uint32_t key)
+{
+}
+
+void cpu_record_end(struct device *device)
+{
+}
+
 bool cpu_scratch_reserve(struct cpu_device *device, size_t bytes)
 {
     if (bytes <= device->scratch_bytes)
@@ -260,6 +295,16 @@ void *cpu_buffer(struct cpu_device *device, enum cpu_buffer_use use, size_t byte
     return buffer->data;
 }
 
+static void *stream(const struct device *device)
+{
+    return NULL;
+}
+
+static uint32_t count(void)
+{
+    return 1;
+}
+
 const struct device_backend cpu_backend = {
     .name = "cpu",
     .open = open_device,
@@ -268,4 +313,6 @@ const struct device_backend cpu_backend = {
     .describe = describe,
     .memory_free = memory_free,
     .best_level = best_level,
+    .stream = stream,
+    .count = count,
 };

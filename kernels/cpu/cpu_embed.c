@@ -43,3 +43,18 @@ void cpu_embed(struct device *device, float *x, const struct matrix *table, cons
         return;
     cpu_parallel(args.device, embed_tokens, &args, (batch->n_tokens + TOKENS_A_TASK - 1) / TOKENS_A_TASK);
 }
+
+void cpu_feed(struct device *device, int32_t *tokens, const int32_t *sources, const int32_t *ring,
+              uint32_t count)
+{
+    for (uint32_t i = 0; i < count; i++) {
+        if (sources[i] >= 0)
+            tokens[i] = ring[sources[i]];
+    }
+}
+
+void cpu_store(struct device *device, struct activation *out, const float *x, uint32_t rows)
+{
+    for (uint32_t t = 0; t < rows; t++)
+        cpu_activation_store_row(cpu_device_of(device), out, t, x + (size_t)t * out->width);
+}

@@ -211,6 +211,13 @@ void cpu_upload(struct device *device, void *to, const void *from, size_t bytes)
 void cpu_download(struct device *device, void *to, const void *from, size_t bytes);
 void cpu_copy(struct device *device, void *to, const void *from, size_t bytes);
 int cpu_sync(struct device *device, struct error *error);
+void *cpu_alloc_host(struct device *device, size_t bytes);
+void cpu_free_host(struct device *device, void *memory);
+uint64_t cpu_mark(struct device *device);
+int cpu_reached(struct device *device, uint64_t mark, struct error *error);
+bool cpu_replay(struct device *device, uint32_t key);
+void cpu_record(struct device *device, uint32_t key);
+void cpu_record_end(struct device *device);
 
 // cpu_pack.c
 size_t cpu_matrix_bytes(const struct device *device, uint32_t type, uint32_t rows, uint32_t width,
@@ -243,6 +250,9 @@ CPU_MATMUL_OPS(avx512);
 
 // The rest have one version each and call the level's inner loops.
 // cpu_embed.c
+void cpu_feed(struct device *device, int32_t *tokens, const int32_t *sources, const int32_t *ring,
+              uint32_t count);
+void cpu_store(struct device *device, struct activation *out, const float *x, uint32_t rows);
 void cpu_embed(struct device *device, float *x, const struct matrix *table, const struct matrix *positions,
                const struct batch *batch);
 
@@ -256,6 +266,7 @@ void cpu_attention(struct device *device, struct activation *out, const float *q
                    const struct attention_shape *shape, const struct kv_layer *kv, const struct batch *batch);
 
 // cpu_sampler.c
+size_t cpu_sampler_bytes(const struct device *device, uint32_t n_slots, uint32_t vocab);
 int cpu_sampler_new(struct sampler **out, struct device *device, uint32_t n_slots, uint32_t vocab,
                     struct error *error);
 void cpu_sampler_free(struct device *device, struct sampler *sampler);

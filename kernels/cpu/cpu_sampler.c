@@ -93,6 +93,12 @@ static void seen_add(struct seen_table *seen, int32_t token, bool output)
 
 // --- slots ---
 
+// Slots live in the process's own heap and grow with what they have seen.
+size_t cpu_sampler_bytes(const struct device *device, uint32_t n_slots, uint32_t vocab)
+{
+    return n_slots * sizeof(struct sampler_slot);
+}
+
 int cpu_sampler_new(struct sampler **out, struct device *device, uint32_t n_slots, uint32_t vocab,
                     struct error *error)
 {

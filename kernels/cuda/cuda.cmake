@@ -1,0 +1,31 @@
+#The CUDA backend, when there is a compiler for it : -DSTRATA_CUDA = AUTO(when nvcc is found), ON, OFF.Adds to
+#strata_kernels; STRATA_HAVE_CUDA tells the rest.- DSTRATA_CUDA_ARCH lists the GPUs to compile for.
+set(STRATA_CUDA AUTO CACHE STRING "CUDA kernels: AUTO, ON or OFF")
+set(STRATA_CUDA_ARCH 90a CACHE STRING "GPU architectures, as CMAKE_CUDA_ARCHITECTURES takes them")
+set(STRATA_HAVE_CUDA OFF)
+if(NOT STRATA_CUDA STREQUAL OFF)
+  include(CheckLanguage)
+  check_language(CUDA)
+  if(CMAKE_CUDA_COMPILER)
+    set(STRATA_HAVE_CUDA ON)
+  elseif(STRATA_CUDA STREQUAL ON)
+    message(FATAL_ERROR "STRATA_CUDA=ON, and no nvcc was found")
+  endif()
+endif()
+if(STRATA_HAVE_CUDA)
+  set(CMAKE_CUDA_ARCHITECTURES ${STRATA_CUDA_ARCH})
+  set(CMAKE_CUDA_STANDARD 17)
+  enable_language(CUDA)
+  find_package(CUDAToolkit REQUIRED)
+  file(GLOB cuda_sources CONFIGURE_DEPENDS kernels/cuda/*.c kernels/cuda/*.cu)
+  add_library(strata_cuda STATIC ${cuda_sources})
+  set_target_properties(strata_cuda PROPERTIES CUDA_SEPARABLE_COMPILATION OFF)
+  # The folder's flags are for C; what nvcc passes on to its host compiler is less.
+  set_property(TARGET strata_cuda PROPERTY COMPILE_OPTIONS
+    "$<$<COMPILE_LANGUAGE:C>:-Wall;-Wextra;-Werror;-Wno-unused-parameter;-fno-strict-aliasing;-fvisibility=hidden>"
+    "$<$<COMPILE_LANGUAGE:CUDA>:-O3;-lineinfo;-Werror=all-warnings;-Xcompiler=-Wall,-Wextra,-Werror,-Wno-unused-parameter,-fno-strict-aliasing,-fvisibility=hidden>")
+  target_include_directories(strata_cuda SYSTEM PUBLIC ${CUDAToolkit_INCLUDE_DIRS})
+  target_link_libraries(strata_cuda PUBLIC CUDA::cudart_static CUDA::cublasLt)
+  target_compile_definitions(strata_kernels PUBLIC STRATA_HAVE_CUDA)
+  target_link_libraries(strata_kernels PUBLIC strata_cuda)
+endif()

@@ -1,0 +1,138 @@
+// What kernels share: how they are launched, how they wait for one another, and the layout of activations.
+//
+// Programmatic dependent launch: a kernel may start before its predecessor in the stream has ended. So every
+// kernel launched with cuda_launch calls cuda_wait() in all threads before it touches memory that any earlier
+// kernel reads or writes (weights, which nobody writes in a step, may be read before), and may call
+// cuda_release() as soon as its successor's early part would do no harm.
+//
+// Activations. Rows are kept as halves of x / unit, K padded to whole blocks of 256 with zeros (the buffer is
+// zero when allocated, and nobody writes the padding). Rows of generated tokens lie in groups of 64, inside a
+// group by K block and then by row, one record of 576 bytes each: 256 halves, then 16 f32 sums of 16 halves
+// each, for the minimums of quantized types. (576 is 64 modulo 128: eight lanes that read 16 bytes of two
+// neighbouring rows hit all banks once.) Rows of prompts lie after all groups, plainly: [row][padded width].
+#ifndef STRATA_CUDA_KERNEL_CUH
+#define STRATA_CUDA_KERNEL_CUH
+
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "kernels/cuda/cuda_internal.h"
+
+// --- launching ---
+
+__device__ __forceinline__ void cuda_wait()
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void cuda_release()
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Queues kernel<<<grid, block, shared>>>(arguments) on the device's stream; a failure becomes its fault.
+template <typename... Parameters, typename... Arguments>
+void cuda_launch(struct cuda_device *device, const char *name, void (*kernel)(Parameters...), dim3 grid,
+                 dim3 block, size_t shared, Arguments... arguments)
+{
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute overlap[1];
+    overlap[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap[0].val.programmaticStreamSerializationAllowed = 1;
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared;
+    config.stream = device->stream;
+    config.attrs = overlap;
+    config.numAttrs = 1;
+    cuda_failed(device, cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
+}
+
+// --- activations ---
+
+struct activation_view {
+    unsigned char *groups; // rows [0, n_generated)
+    __half *rows;          // rows [n_generated, ...)
+    uint32_t k_blocks;     // padded width / 256
+    uint32_t n_generated;
+    float per_unit; // 1 / unit
+};
+
+static inline size_t activation_group_bytes(uint32_t width)
+{
+    return (size_t)cuda_padded_width(width) / CUDA_K_BLOCK * CUDA_GROUP_ROWS * CUDA_BLOCK_BYTES;
+}
+
+static inline size_t activation_groups(uint32_t rows)
+{
+    return (rows + CUDA_GROUP_ROWS - 1) / CUDA_GROUP_ROWS;
+}
+
+static inline struct activation_view activation_view_of(const struct activation *activation)
+{
+    struct activation_view view;
+    view.groups = (unsigned char *)activation->data;
+    view.rows = (__half *)(view.groups +
+                           activation_groups(activation->rows) * activation_group_bytes(activation->width));
+    view.k_blocks = cuda_padded_width(activation->width) / CUDA_K_BLOCK;
+    view.n_generated = activation->n_generated;
+    view.per_unit = activation->unit == 0 ? 1.0f : 1.0f / activation->unit;
+    return view;
+}
+
+__device__ __forceinline__ unsigned char *activation_record(const struct activation_view &view, uint32_t row,
+                                                            uint32_t k_block)
+{
+    size_t group = row / CUDA_GROUP_ROWS, in_group = row % CUDA_GROUP_ROWS;
+    return view.groups + ((group * view.k_blocks + k_block) * CUDA_GROUP_ROWS + in_group) * CUDA_BLOCK_BYTES;
+}
+
+// Where the halves from element k of a row lie: contiguous to the end of k's block.
+__device__ __forceinline__ __half *activation_at(const struct activation_view &view, uint32_t row, uint32_t k)
+{
+    if (row < view.n_generated)
+        return (__half *)activation_record(view, row, k / CUDA_K_BLOCK) + k % CUDA_K_BLOCK;
+    return view.rows + (size_t)(row - view.n_generated) * view.k_blocks * CUDA_K_BLOCK + k;
+}
+
+// The sum of the (rounded) halves [k, k + 16) of a row, k a multiple of 16. Only rows of generated tokens
+// have sums.
+__device__ __forceinline__ float *activation_sum_at(const struct activation_view &view, uint32_t row,
+                                                    uint32_t k)
+{
+    return (float *)(activation_record(view, row, k / CUDA_K_BLOCK) + 2 * CUDA_K_BLOCK) +
+           k % CUDA_K_BLOCK / 16;
+}
+
+// x / unit as the half that is stored; what is too large stays finite.
+__device__ __forceinline__ __half activation_half(const struct activation_view &view, float x)
+{
+    return __float2half_rn(fminf(fmaxf(x * view.per_unit, -65504.0f), 65504.0f));
+}
+
+// Stores x[k, k + 8) of a row, k a multiple of 8. Called by whole warps whose lanes 2i and 2i + 1 hold the
+// two halves of the same 16 elements (of any row; `live` false: nothing is stored).
+__device__ __forceinline__ void activation_store8(const struct activation_view &view, uint32_t row,
+                                                  uint32_t k, const float *x, bool live)
+{
+    __half2 pairs[4];
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        pairs[i] = __halves2half2(activation_half(view, x[2 * i]), activation_half(view, x[2 * i + 1]));
+        float2 rounded = __half22float2(pairs[i]);
+        sum += rounded.x + rounded.y;
+    }
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    if (!live)
+        return;
+    *(uint4 *)activation_at(view, row, k) = *(uint4 *)pairs;
+    if (k % 16 == 0 && row < view.n_generated)
+        *activation_sum_at(view, row, k) = sum;
+}
+
+#endif
