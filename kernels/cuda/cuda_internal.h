@@ -10,6 +10,7 @@
 extern "C" {
 #endif
 
+#include "common/tensor_type.h"
 #include "kernels/device_internal.h"
 #include "kernels/kernels.h"
 
@@ -17,10 +18,11 @@ enum {
     CUDA_K_BLOCK = 256,      // weights' widths are padded to whole blocks of so many
     CUDA_TILE_ROWS = 16,     // and their rows to whole tiles
     CUDA_GROUP_ROWS = 64,    // rows of an activation that one decode product takes
-    CUDA_BLOCK_BYTES = 576,  // one row of an activation, one K block: 256 halves, 16 f32 sums of 16 each
+    CUDA_BLOCK_BYTES = 576,  // one row of an activation, one K block: see cuda_kernel.cuh
     CUDA_MAX_PROGRAMS = 256, // recorded programs
     CUDA_MARKS = 64,         // marks that can be outstanding
     CUDA_FORM_HALF = 1,      // the one form of activations
+    CUDA_TICKETS = 1 << 18,  // counters of blocks that have finished a shared piece of work
 };
 
 struct cuda_staging; // pinned memory that uploads pass through (cuda_memory.c)
@@ -35,6 +37,7 @@ struct cuda_device {
     struct error fault; // first failure since the last report
     struct cuda_staging *staging;
     struct cuda_gemm *gemm;
+    unsigned *tickets; // [device] [CUDA_TICKETS], zero between kernels
     void *scratch; // [device] grows while weights are packed and stages planned, never in a step
     size_t scratch_bytes;
     cudaEvent_t marks[CUDA_MARKS];
@@ -52,6 +55,8 @@ static inline struct cuda_device *cuda_device_of(struct device *device)
     return (struct cuda_device *)device;
 }
 
+// Makes the device the calling thread's own: a thread starts on GPU 0.
+void cuda_enter(const struct cuda_device *device);
 // Notes the first failure: CUDA's `code` while doing `what`. True when there was one.
 bool cuda_failed(struct cuda_device *device, cudaError_t code, const char *what);
 void cuda_fault(struct cuda_device *device, int status, const char *sentence);
