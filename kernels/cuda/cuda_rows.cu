@@ -156,11 +156,11 @@ __global__ void __launch_bounds__(1024)
             load8(from, k, width, values);
         if (turn > 0)
             load8(weight, k, width, factors);
-        if (LAYER)
+        if (bias)
             load8(bias, k, width, shifts);
         for (int e = 0; e < 8; e++) {
             float normed = (values[e] - mean) * scale * factors[e];
-            values[e] = k + e >= width ? 0 : LAYER ? normed + shifts[e] : normed;
+            values[e] = k + e >= width ? 0 : bias ? normed + shifts[e] : normed;
         }
         activation_store8(out, row, k, values, k < width);
     }
