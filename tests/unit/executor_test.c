@@ -14,8 +14,6 @@ enum { VOCAB = 300, SLOTS = 4, CONTEXT = 256, POSITIONS = 200, C = 256, LAYERS =
 static char model[1024];
 static struct local_engine engine;
 static struct error error;
-static const struct device_options DEVICE = {.threads = 1};
-
 static void open_engine(int vocabulary)
 {
     const int32_t token = 1;
@@ -28,7 +26,8 @@ static void open_engine(int vocabulary)
     ck_assert_msg(engine_oracle(options, &token, 1, model, sizeof(model), &logits, &count),
                   "the generator needs /usr/bin/python3 with numpy");
     free(logits);
-    ck_assert_msg(local_engine_open(&engine, model, &DEVICE, SLOTS, CONTEXT, POSITIONS, &error) == 0, "%s",
+    struct device_options device = {.backend = getenv("STRATA_TEST_BACKEND"), .threads = 1};
+    ck_assert_msg(local_engine_open(&engine, model, &device, SLOTS, CONTEXT, POSITIONS, &error) == 0, "%s",
                   error.text);
 }
 
