@@ -376,6 +376,7 @@ static void add_row(struct game *game, struct step_plan *plan, uint32_t i)
     row->slot = i;
     row->position = player->done;
     row->count = count;
+    row->generated = !prefill;
     if (prefill) {
         row->tokens_first = (uint32_t)step_plan_add_tokens(plan, job->prompt + player->done, count);
     } else if (job->ahead) {
@@ -417,24 +418,34 @@ static void take_result(struct game *game, const struct step_plan *plan, const s
     }
 }
 
-static bool plan_step(struct game *game, uint64_t turn, struct step_plan *plan)
+// Generated rows stand first in a plan: one pass for them, then one for prompts.
+static void add_rows(struct game *game, uint64_t turn, struct step_plan *plan, bool generated)
 {
-    bool all_over = true;
     for (uint32_t i = 0; i < game->n_jobs; i++) {
-        struct player *player = &game->players[i];
-        if (over(game, i)) {
-            if (player->open && !player->closed)
-                step_plan_add_command(plan, STEP_CLOSE, i);
-            player->closed = true;
-            continue;
-        }
-        all_over = false;
-        if (turn < game->jobs[i].delay)
+        const struct player *player = &game->players[i];
+        bool decodes = player->done >= game->jobs[i].n_prompt;
+        if (player->closed || over(game, i) || decodes != generated || turn < game->jobs[i].delay)
             continue;
         if (!player->open)
             open_job(game, plan, i);
         add_row(game, plan, i);
     }
+}
+
+static bool plan_step(struct game *game, uint64_t turn, struct step_plan *plan)
+{
+    bool all_over = true;
+    for (uint32_t i = 0; i < game->n_jobs; i++) {
+        struct player *player = &game->players[i];
+        all_over &= over(game, i);
+        if (!over(game, i) || player->closed)
+            continue;
+        if (player->open)
+            step_plan_add_command(plan, STEP_CLOSE, i);
+        player->closed = true;
+    }
+    add_rows(game, turn, plan, true);
+    add_rows(game, turn, plan, false);
     return !all_over;
 }
 

@@ -9,7 +9,7 @@
 #include "worker/executor.h"
 #include "worker/local_engine.h"
 
-enum { VOCAB = 300, SLOTS = 4, CONTEXT = 256, POSITIONS = 200, C = 256, LAYERS = 2 };
+enum { VOCAB = 300, SLOTS = 8, CONTEXT = 256, POSITIONS = 200, C = 256, LAYERS = 2 };
 
 static char model[1024];
 static struct local_engine engine;
@@ -108,7 +108,7 @@ START_TEST(test_a_sequence_is_opened_computed_and_closed)
     ck_assert(drawn >= 0 && drawn < VOCAB);
     ck_assert_uint_gt(engine.result.compute_us, 0);
     struct step_row *row = drawing(add_row(1, 10, 1), 1);
-    row->from_sample = true;
+    row->generated = row->from_sample = true;
     row->source_step = 0;
     row->source_row = 0;
     run();
@@ -189,7 +189,7 @@ static void break_rule(int rule)
         break;
     case 9: // step_plan_validate is asked
         add_open(SLOTS);
-        refuse(STATUS_CORRUPT, "slot 4, of 4");
+        refuse(STATUS_CORRUPT, "slot 8, of 8");
         break;
     }
 }
@@ -210,7 +210,7 @@ static void break_source(int kind)
     add_row(1, 0, 5);
     run();
     struct step_row *row = add_row(0, 5, 1);
-    row->from_sample = true;
+    row->generated = row->from_sample = true;
     row->source_row = kind == 0 ? 1 : kind == 1 ? 2 : 0; // drew nothing; does not exist
     row->source_draw = kind == 2 ? 2 : 0;                // one too many
     refuse(STATUS_CORRUPT, "which drew no such token");
@@ -231,11 +231,11 @@ START_TEST(test_a_step_of_long_ago_is_still_known)
     for (int i = 0; i < MAX_STEP_HISTORY - 1; i++)
         run();
     struct step_row *row = drawing(add_row(0, 5, 1), 1);
-    row->from_sample = true;
+    row->generated = row->from_sample = true;
     run();
     ck_assert_uint_eq(engine.result.number, MAX_STEP_HISTORY);
     row = add_row(0, 6, 1);
-    row->from_sample = true; // of step 0: one too far back now
+    row->generated = row->from_sample = true; // of step 0: one too far back now
     refuse(STATUS_CORRUPT, "cannot take its token from step 0");
 }
 END_TEST
@@ -484,7 +484,7 @@ START_TEST(test_the_first_stage_sends_residuals_and_reads_draws)
     int32_t tokens[2] = {11, 12};
     previous.incoming = tokens;
     struct step_row *row = add_row(0, 6, 1);
-    row->from_sample = true;
+    row->generated = row->from_sample = true;
     row->source_draw = 1;
     ck_assert_int_eq(run_stage(executor, 1), 0);
     ck_assert_uint_eq(previous.number, 0);
@@ -526,7 +526,8 @@ START_TEST(test_a_drawn_token_beyond_the_vocabulary_is_refused)
     add_pages(0, 0, 0, 1);
     drawing(add_row(0, 0, 6), 1);
     ck_assert_int_eq(run_stage(executor, 0), 0);
-    add_row(0, 6, 1)->from_sample = true;
+    struct step_row *row = add_row(0, 6, 1);
+    row->generated = row->from_sample = true;
     ck_assert_int_eq(run_stage(executor, 1), STATUS_CORRUPT);
     executor_free(executor);
 }

@@ -235,7 +235,7 @@ static void send_step(struct join *const *stages, int n, uint64_t epoch, uint64_
     row->position = number == 0 ? 0 : 9 + (uint32_t)number;
     row->draws = 1;
     row->logits = STEP_LOGITS_LAST;
-    row->from_sample = number > 0;
+    row->generated = row->from_sample = number > 0;
     row->source_step = number - (number > 0);
     for (int32_t token = 20; number == 0 && token < 30; token++)
         step_plan_add_tokens(&plan, &token, 1);
@@ -342,7 +342,7 @@ START_TEST(test_hello_says_who_is_there)
     START_ONE(running);
     struct wire_worker_message hello = expect(join, WIRE_HELLO);
     ck_assert_str_eq(hello.worker, "one");
-    ck_assert_uint_eq(hello.protocol, 1);
+    ck_assert_uint_eq(hello.protocol, WIRE_POOL_PROTOCOL);
     ck_assert_str_eq(hello.backend, "cpu");
     ck_assert_uint_eq(hello.level, device_best_level("cpu", 0));
     ck_assert_ptr_nonnull(strstr(hello.device, "1 thread"));
