@@ -4,20 +4,22 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "kernels/device_internal.h"
 #include "tests/ops/engine_driver.h"
 #include "tests/suite.h"
 #include "worker/executor.h"
 #include "worker/local_engine.h"
 
-enum { VOCAB = 300, SLOTS = 8, CONTEXT = 256, POSITIONS = 200, C = 256, LAYERS = 2 };
+enum { VOCAB = 300, SLOTS = 12, CONTEXT = 256, POSITIONS = 200, C = 256, LAYERS = 2 };
 
 static char model[1024];
 static struct local_engine engine;
 static struct error error;
-static const struct device_options DEVICE = {.threads = 1};
+static struct device_options DEVICE = {.threads = 1};
 
 static void open_engine(int vocabulary)
 {
+    DEVICE.backend = getenv("STRATA_TEST_BACKEND");
     const int32_t token = 1;
     char options[128];
     double *logits;
@@ -189,7 +191,7 @@ static void break_rule(int rule)
         break;
     case 9: // step_plan_validate is asked
         add_open(SLOTS);
-        refuse(STATUS_CORRUPT, "slot 8, of 8");
+        refuse(STATUS_CORRUPT, "slot 12, of 12");
         break;
     }
 }
@@ -408,6 +410,186 @@ START_TEST(test_replaced_pages_are_read)
 }
 END_TEST
 
+// --- steps that run ahead ---
+
+// The device's operations, changed by a test for executors made after it.
+static struct kernel_ops ops;
+static const struct kernel_ops *true_ops;
+static uint64_t marks, reached; // taken, reached
+static uint32_t recorded[64], n_recorded;
+
+static uint64_t take_mark(struct device *device)
+{
+    return ++marks;
+}
+
+static int ask_mark(struct device *device, uint64_t mark, struct error *to)
+{
+    return mark > reached ? 0 : true_ops->sync(device, to) ? STATUS_INTERNAL : 1;
+}
+
+static bool note_replay(struct device *device, uint32_t key)
+{
+    recorded[n_recorded++] = key;
+    return true_ops->replay(device, key);
+}
+
+static void change_ops(void)
+{
+    true_ops = device_ops(engine.device);
+    ops = *true_ops;
+    engine.device->ops = &ops;
+    marks = reached = n_recorded = 0;
+}
+
+static void renew_executor(void)
+{
+    struct executor_options options = {.device = engine.device,
+                                       .spec = &engine.spec,
+                                       .list = &engine.list,
+                                       .weights = engine.weights,
+                                       .epoch = 1,
+                                       .n_stages = 1,
+                                       .n_layers = LAYERS,
+                                       .bounds = {SLOTS, SLOTS * 4, CONTEXT, VOCAB, POSITIONS}};
+    executor_free(engine.executor);
+    ck_assert_msg(executor_new(&engine.executor, &options, &error) == 0, "%s", error.text);
+    engine.steps = 0;
+}
+
+static int submit(void)
+{
+    engine.plan.number = engine.steps++;
+    int status = executor_submit(engine.executor, &engine.plan, &error);
+    step_plan_clear(&engine.plan);
+    engine.plan.epoch = 1;
+    return status;
+}
+
+static int finish(void)
+{
+    return executor_finish(engine.executor, &engine.result, false, &error);
+}
+
+START_TEST(test_steps_are_finished_when_the_device_gets_there)
+{
+    change_ops();
+    ops.mark = take_mark;
+    ops.reached = ask_mark;
+    renew_executor();
+    ck_assert_int_eq(finish(), STATUS_INTERNAL); // there is none
+    int32_t expected[EXECUTOR_DEPTH];
+    for (uint32_t step = 0; step < EXECUTOR_DEPTH; step++) {
+        add_open(step);
+        add_pages(step, 0, step, 1);
+        struct step_row *row = drawing(add_row(step, 0, 4 + step), 1);
+        row->logprobs = true;
+        row->top_logprobs = 2;
+        ck_assert_int_eq(submit(), 0);
+        ck_assert_uint_eq(executor_unfinished(engine.executor), step + 1);
+        ck_assert_int_eq(finish(), EXECUTOR_PENDING);
+    }
+    for (uint32_t step = 0; step < EXECUTOR_DEPTH; step++) {
+        reached++;
+        ck_assert_int_eq(finish(), 0);
+        ck_assert_uint_eq(engine.result.number, step);
+        ck_assert_uint_eq(engine.result.n_samples, 1);
+        ck_assert_uint_eq(engine.result.n_tops, 2); // its own, not those of a later step
+        ck_assert_int_eq(engine.result.tops[0].token, engine.result.samples[0].token);
+        expected[step] = engine.result.samples[0].token;
+        ck_assert_int_eq(finish(), step + 1 < EXECUTOR_DEPTH ? EXECUTOR_PENDING : STATUS_INTERNAL);
+    }
+    reached = UINT64_MAX;
+    renew_executor();
+    for (uint32_t step = 0; step < EXECUTOR_DEPTH; step++) {
+        add_open(step);
+        add_pages(step, 0, step, 1);
+        drawing(add_row(step, 0, 4 + step), 1);
+        run();
+        ck_assert_int_eq(engine.result.samples[0].token, expected[step]);
+    }
+}
+END_TEST
+
+START_TEST(test_too_many_steps_are_refused)
+{
+    change_ops();
+    ops.mark = take_mark;
+    ops.reached = ask_mark;
+    renew_executor();
+    for (uint32_t step = 0; step < EXECUTOR_DEPTH; step++)
+        ck_assert_int_eq(submit(), 0);
+    ck_assert_int_eq(submit(), STATUS_INTERNAL);
+    reached = 1; // the others are none the worse
+    ck_assert_int_eq(finish(), 0);
+    ck_assert_int_eq(finish(), EXECUTOR_PENDING);
+    ck_assert_int_eq(submit(), STATUS_UNAVAILABLE);
+}
+END_TEST
+
+// A hash of all logits, in order.
+static void hash_row(void *context, uint32_t row, uint32_t position, const float *logits, uint32_t vocab)
+{
+    uint64_t *hash = context;
+    for (uint32_t i = 0; i < vocab; i++) {
+        uint32_t bits;
+        memcpy(&bits, &logits[i], sizeof(bits));
+        *hash = (*hash ^ bits) * 0x100000001b3;
+    }
+}
+
+enum { GENERATING = 9 };
+
+static uint64_t generate(void)
+{
+    uint64_t hash = 7;
+    executor_set_tap(engine.executor, hash_row, &hash);
+    for (uint32_t slot = 0; slot < GENERATING; slot++) {
+        add_open(slot);
+        add_pages(slot, 0, slot, 1);
+        drawing(add_row(slot, 0, 3 + slot), 1);
+    }
+    run();
+    for (uint32_t step = 1; step < 8; step++) {
+        for (uint32_t slot = 0; slot < GENERATING; slot++) {
+            struct step_row *row = drawing(add_row(slot, 2 + slot + step, 1), 1);
+            row->generated = true;
+            row->from_sample = slot % 3 > 0;
+            row->source_step = step - 1;
+            row->source_row = slot;
+        }
+        if (step == 5) { // and a prompt behind them
+            add_open(GENERATING);
+            add_pages(GENERATING, 0, GENERATING, 1);
+            drawing(add_row(GENERATING, 0, 20), 1);
+        }
+        if (step == 7)
+            engine.plan.rows[2].draws = 0; // not what a program does
+        ck_assert_int_eq(local_engine_submit(&engine, &error), 0);
+    }
+    ck_assert_int_eq(local_engine_wait(&engine, &error), 0);
+    for (uint32_t i = 0; i < engine.result.n_samples; i++)
+        hash = (hash ^ (uint32_t)engine.result.samples[i].token) * 0x100000001b3;
+    return hash;
+}
+
+START_TEST(test_padding_changes_nothing)
+{
+    change_ops();
+    ops.replay = note_replay;
+    ops.keeps_programs = false;
+    renew_executor();
+    uint64_t expected = generate();
+    ck_assert_uint_eq(n_recorded, 0);
+    ops.keeps_programs = true;
+    renew_executor();
+    ck_assert_uint_eq(generate(), expected);
+    ck_assert_uint_eq(n_recorded, 5);
+    for (uint32_t i = 0; i < n_recorded; i++)
+        ck_assert_uint_eq(recorded[i], SLOTS); // sixteen are more than there can be
+}
+END_TEST
+
 // --- several stages ---
 
 // A link that hands out what the test put in and keeps what is sent.
@@ -616,6 +798,9 @@ Suite *make_suite(void)
     tcase_add_test(tests, test_alternatives_end_with_the_vocabulary);
     tcase_add_test(tests, test_copied_pages_carry_a_sequence_on);
     tcase_add_test(tests, test_replaced_pages_are_read);
+    tcase_add_test(tests, test_steps_are_finished_when_the_device_gets_there);
+    tcase_add_test(tests, test_too_many_steps_are_refused);
+    tcase_add_test(tests, test_padding_changes_nothing);
     tcase_add_test(tests, test_the_first_stage_sends_residuals_and_reads_draws);
     tcase_add_test(tests, test_draws_nobody_names_are_read_all_the_same);
     tcase_add_test(tests, test_a_drawn_token_beyond_the_vocabulary_is_refused);
