@@ -497,12 +497,14 @@ static int queue_draws(struct executor *executor, struct work *work, struct erro
                     includes_head(executor, work));
     work->step->reports = true;
     work->step->mark = executor->ops->mark(executor->device);
-    if (executor->first || bytes == 0)
+    if (executor->first)
         return STATUS_OK;
     if (executor->to_next->on_device)
-        return send_on(executor, number, drawn, bytes, error);
-    int status = wait_for(executor, work->step->mark, error);
-    return status ? status : send_on(executor, number, step_head_drawn(executor->head, number), bytes, error);
+        return bytes ? send_on(executor, number, drawn, bytes, error) : STATUS_OK;
+    int status = wait_for(executor, work->step->mark, error); // the next thing may be to wait for a neighbour
+    if (!status && bytes)
+        status = send_on(executor, number, step_head_drawn(executor->head, number), bytes, error);
+    return status;
 }
 
 static int queue_rows(struct executor *executor, struct work *work, struct error *error)

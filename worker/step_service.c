@@ -243,8 +243,8 @@ static int check_assignment(const struct step_service *service, const struct ass
                             struct error *error)
 {
     if (a->n_stages == 0 || a->n_stages > MAX_STAGES || a->stage >= a->n_stages || a->n_slots == 0 ||
-        a->n_slots > MAX_SLOTS || a->n_pages == 0 || a->context == 0 || a->context > MAX_CONTEXT ||
-        a->max_positions == 0 || a->max_positions > MAX_STEP_TOKENS)
+        a->n_slots > MAX_SLOTS || a->n_pages == 0 || a->n_pages == UINT32_MAX || a->context == 0 ||
+        a->context > MAX_CONTEXT || a->max_positions == 0 || a->max_positions > MAX_STEP_TOKENS)
         return error_set(
             error, STATUS_CORRUPT,
             "the assignment makes no sense: stage %u of %u, %u slots, %u pages, context %u, steps of %u",
