@@ -22,7 +22,7 @@ enum {
     CUDA_MAX_PROGRAMS = 256, // recorded programs
     CUDA_MARKS = 64,         // marks that can be outstanding
     CUDA_FORM_HALF = 1,      // the one form of activations
-    CUDA_TICKETS = 1 << 18,  // counters of blocks that have finished a shared piece of work
+    CUDA_TICKETS = 1 << 18,  // rows times key heads of one decode attention
 };
 
 struct cuda_staging; // pinned memory that uploads pass through (cuda_memory.c)
@@ -37,9 +37,9 @@ struct cuda_device {
     struct error fault; // first failure since the last report
     struct cuda_staging *staging;
     struct cuda_gemm *gemm;
-    unsigned *tickets; // [device] [CUDA_TICKETS], zero between kernels
     void *scratch; // [device] grows while weights are packed and stages planned, never in a step
     size_t scratch_bytes;
+    unsigned *tickets; // [CUDA_TICKETS] [device] zero between kernels (cuda_attention_decode.cu)
     cudaEvent_t marks[CUDA_MARKS];
     uint64_t next_mark;
     struct {
@@ -121,10 +121,13 @@ void cuda_gemm(struct cuda_device *device, const struct activation *x, uint32_t 
 // Writes the weights as halves, [rows][padded width], to `out` [device].
 void cuda_matrix_unpack(struct cuda_device *device, const struct matrix *matrix, void *out);
 
-// cuda_attention.cu
+// cuda_kv.cu. kv_page_bytes is 0 for a head size that the kernels have no instance of.
 size_t cuda_kv_page_bytes(const struct device *device, uint32_t n_kv_heads, uint32_t head_size);
 void cuda_attn_prepare(struct device *device, const struct qkv_args *qkv, const struct attention_shape *shape,
                        const struct kv_layer *kv, const struct batch *batch);
+
+// cuda_attention.cu. Scratch memory that `rows` generated tokens want whose page tables hold `pages` pages.
+size_t cuda_attention_scratch_bytes(uint32_t n_heads, uint32_t head_size, uint32_t rows, uint32_t pages);
 void cuda_attention(struct device *device, struct activation *out, const float *q, uint32_t q_stride,
                     const struct attention_shape *shape, const struct kv_layer *kv,
                     const struct batch *batch);

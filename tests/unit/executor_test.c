@@ -30,8 +30,7 @@ static void open_engine(int vocabulary)
     ck_assert_msg(engine_oracle(options, &token, 1, model, sizeof(model), &logits, &count),
                   "the generator needs /usr/bin/python3 with numpy");
     free(logits);
-    struct device_options device = {.backend = getenv("STRATA_TEST_BACKEND"), .threads = 1};
-    ck_assert_msg(local_engine_open(&engine, model, &device, SLOTS, CONTEXT, POSITIONS, &error) == 0, "%s",
+    ck_assert_msg(local_engine_open(&engine, model, &DEVICE, SLOTS, CONTEXT, POSITIONS, &error) == 0, "%s",
                   error.text);
 }
 
