@@ -279,27 +279,27 @@ static size_t part_room(const struct cuda_device *device)
     return device->shared_limit - sizeof(struct row_shared) - 256;
 }
 
-// Where the next `bytes` begin.
-static size_t cut(size_t *at, size_t bytes)
+// The next `bytes` of `memory`, NULL while there is none.
+static void *cut(void *memory, size_t *at, size_t bytes)
 {
     size_t begin = *at;
     *at += (bytes + 255) / 256 * 256;
-    return begin;
+    return memory ? (char *)memory + begin : NULL;
 }
 
-// Places the arrays in sampler->memory, where there is any; returns the bytes of all.
+// Places the arrays in sampler->memory; returns the bytes of all.
 static size_t sampler_layout(struct sampler *sampler, const struct cuda_device *device)
 {
     size_t at = 0, n_slots = sampler->n_slots, vocab = sampler->vocab;
-    char *memory = (char *)sampler->memory;
+    void *memory = sampler->memory;
     size_t part = row_part_size(sampler->vocab, row_parts()) * sizeof(float);
     sampler->row_bytes = part <= part_room(device) ? part : 0;
-    sampler->slots = (struct sampler_slot *)(memory + cut(&at, n_slots * sizeof(struct sampler_slot)));
-    sampler->seen = (uint32_t *)(memory + cut(&at, n_slots * vocab * sizeof(uint32_t)));
-    sampler->staged = memory + cut(&at, STAGED_TOKENS * sizeof(int32_t));
+    sampler->slots = (struct sampler_slot *)cut(memory, &at, n_slots * sizeof(struct sampler_slot));
+    sampler->seen = (uint32_t *)cut(memory, &at, n_slots * vocab * sizeof(uint32_t));
+    sampler->staged = cut(memory, &at, STAGED_TOKENS * sizeof(int32_t));
     sampler->adjusted = NULL;
     if (!sampler->row_bytes)
-        sampler->adjusted = (float *)(memory + cut(&at, CALL_ROWS * vocab * sizeof(float)));
+        sampler->adjusted = (float *)cut(memory, &at, CALL_ROWS * vocab * sizeof(float));
     return at;
 }
 
