@@ -112,8 +112,8 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, 1)
         }
         walk_next<L>(ahead, args, shape, warp);
     }
-    cuda_wait();
     cuda_release();
+    cuda_wait();
     if (warp == 0)
         load_columns(args, x, &columns_here, lane);
     __syncthreads();
@@ -122,11 +122,11 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, 1)
     uint32_t slot = 0, parity = 0, tiles_here = (args.tiles + gridDim.x - 1 - blockIdx.x) / gridDim.x;
     uint32_t passes = (tiles_here + shape.tiles_a_pass - 1) / shape.tiles_a_pass;
     for (uint32_t pass = 0; pass < passes; pass++) {
-        float acc[1][4] = {};
+        float acc[1][1][4] = {};
         bool mine = here.k_block < here.k_end && here.pass == pass;
         while (here.k_block < here.k_end && here.pass == pass) {
             barrier_await(ready + slot, parity);
-            record_multiply<L, 1>(ring + slot * BYTES, x + (size_t)here.k_block * args.columns * CUDA_BLOCK_BYTES,
+            record_multiply<L, 1, 1>(ring + slot * BYTES, x + (size_t)here.k_block * args.columns * CUDA_BLOCK_BYTES,
                                   args.columns, lane, acc);
             __syncwarp();
             if (ahead.k_block < ahead.k_end) {
@@ -147,13 +147,13 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, 1)
                 const struct product_part &part = product_part_of(args, tile);
                 for (uint32_t i = 0; i < 4; i++)
                     product_store(args, part, (tile - part.first_tile) * CUDA_TILE_ROWS + g + i / 2 * 8,
-                                  2 * t + i % 2, acc[0][i]);
+                                  2 * t + i % 2, acc[0][0][i]);
             }
             continue;
         }
         float *to = sums + (size_t)(pass % 2) * warps * 128 + warp * 128;
         for (uint32_t i = 0; i < 4; i++)
-            to[(2 * t + i % 2) * 16 + g + i / 2 * 8] = acc[0][i];
+            to[(2 * t + i % 2) * 16 + g + i / 2 * 8] = acc[0][0][i];
         __syncthreads();
         reduce_pass(args, shape, sums + (size_t)(pass % 2) * warps * 128, pass);
     }

@@ -17,8 +17,8 @@ extern "C" size_t cuda_activation_bytes(const struct device *device, uint32_t wi
 
 __global__ void feed_kernel(int32_t *tokens, const int32_t *sources, const int32_t *ring, uint32_t count)
 {
-    cuda_wait();
     cuda_release();
+    cuda_wait();
     uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i < count && sources[i] >= 0)
         tokens[i] = ring[sources[i]];
@@ -41,8 +41,8 @@ struct table_view { // a look-up table keeps GGUF's layout
 __global__ void embed_kernel(float *x, struct table_view table, struct table_view positions, uint32_t width,
                              const int32_t *tokens, const uint32_t *token_positions)
 {
-    cuda_wait();
     cuda_release();
+    cuda_wait();
     uint32_t t = blockIdx.y, k = blockIdx.x * blockDim.x + threadIdx.x;
     if (k >= width)
         return;
@@ -121,8 +121,8 @@ __global__ void __launch_bounds__(1024)
     uint32_t row = blockIdx.x, step = 8 * blockDim.x, first = 8 * threadIdx.x;
     float kept[KEPT][8], values[8], factors[8], shifts[8], sum = 0, squares = 0;
     load8(weight, first, width, factors); // nobody writes weights in a step
-    cuda_wait();
     cuda_release();
+    cuda_wait();
     const float *from = x + (size_t)(index ? index[row] : row) * width;
 #pragma unroll
     for (int i = 0; i < KEPT; i++)
@@ -194,8 +194,8 @@ __device__ __forceinline__ float gelu_tanh(float x)
 __global__ void activate_kernel(struct activation_view out, const float *gate, const float *up,
                                 uint32_t stride, uint32_t width, bool plain)
 {
-    cuda_wait();
     cuda_release();
+    cuda_wait();
     uint32_t row = blockIdx.y, k = 8 * (blockIdx.x * blockDim.x + threadIdx.x);
     float values[8], gates[8];
     if (k < width)
