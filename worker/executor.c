@@ -509,11 +509,7 @@ static int queue_draws(struct executor *executor, struct work *work, struct erro
 
 static int queue_rows(struct executor *executor, struct work *work, struct error *error)
 {
-    int status = collect_needed_feedback(executor, work->plan, error);
-    if (!status && executor->ring)
-        work->draws = sample_ring_begin(executor->ring, work->plan);
-    if (!status)
-        status = make_batch(executor, work, error);
+    int status = make_batch(executor, work, error);
     if (!status && !executor->first)
         status = receive_residual(executor, work, error);
     if (status)
@@ -530,12 +526,24 @@ static int queue_rows(struct executor *executor, struct work *work, struct error
     return status;
 }
 
-// Steps that only open, close and copy.
-static void queue_nothing(struct executor *executor, struct work *work)
+static int queue_step(struct executor *executor, struct work *work, struct error *error)
 {
+    const struct step_plan *plan = work->plan;
+    int status = STATUS_OK;
+    for (uint32_t i = 0; !status && i < plan->n_commands; i++)
+        status = apply_command(executor, plan, &plan->commands[i], error);
+    if (!status)
+        status = collect_needed_feedback(executor, plan, error);
+    if (status)
+        return status;
     if (executor->ring)
-        sample_ring_begin(executor->ring, work->plan);
-    work->step->mark = executor->ops->mark(executor->device);
+        work->draws = sample_ring_begin(executor->ring, plan);
+    work->n_tokens = step_plan_positions(plan);
+    work->program = is_program(executor, plan);
+    if (work->n_tokens > 0)
+        return queue_rows(executor, work, error);
+    work->step->mark = executor->ops->mark(executor->device); // it only opens, closes and copies
+    return STATUS_OK;
 }
 
 int executor_submit(struct executor *executor, const struct step_plan *plan, struct error *error)
@@ -546,16 +554,8 @@ int executor_submit(struct executor *executor, const struct step_plan *plan, str
     struct work work = {.plan = plan, .step = &step};
     executor->wait_us = 0;
     int status = check_plan(executor, plan, error);
-    for (uint32_t i = 0; !status && i < plan->n_commands; i++)
-        status = apply_command(executor, plan, &plan->commands[i], error);
-    if (!status) {
-        work.n_tokens = step_plan_positions(plan);
-        work.program = is_program(executor, plan);
-        if (work.n_tokens > 0)
-            status = queue_rows(executor, &work, error);
-        else
-            queue_nothing(executor, &work);
-    }
+    if (!status)
+        status = queue_step(executor, &work, error);
     if (status) {
         executor->failed = true;
         return status;
