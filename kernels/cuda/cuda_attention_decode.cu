@@ -434,6 +434,7 @@ __global__ void __launch_bounds__(DECODE_THREADS) attention_decode_kernel(const 
     uint4 *keys = attention_shared, *values = keys + shape::IMAGE;
     float *scores = (float *)(values + shape::IMAGE);
     const attention_args &a = args.a;
+    cuda_release();
     cuda_wait();
     decode_task task = find_task(args, 8 * QUERY_TILES);
     uint32_t n_splits = task.last_split - task.first_split + 1, blocks = min(n_splits, gridDim.z);
@@ -476,7 +477,6 @@ __global__ void __launch_bounds__(DECODE_THREADS) attention_decode_kernel(const 
             clear(state);
         }
     }
-    cuda_release();
     if (n_splits == 1)
         __syncthreads();
     else if (!is_last(args.tickets + task.row * gridDim.x + blockIdx.x, blocks))

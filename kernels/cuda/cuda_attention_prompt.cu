@@ -254,8 +254,8 @@ __global__ void __launch_bounds__(prompt_shape<WIDTH>::THREADS, WIDTH <= 128 ? 2
     typedef prompt_shape<WIDTH> shape;
     extern __shared__ uint4 attention_shared[];
     uint4 *queries = attention_shared, *images = queries + TILE_QUERIES * shape::CHUNKS;
-    cuda_wait();
     cuda_release();
+    cuda_wait();
     prompt_tile tile; // the last ones first: they see most
     if (!find_tile(args, gridDim.x - 1 - blockIdx.x, &tile))
         return;

@@ -124,8 +124,8 @@ __global__ void __launch_bounds__(PREPARE_THREADS) attn_prepare_kernel(const pre
 #pragma unroll
     for (int j = 0; j < PAIRS; j++)
         turns[j].x = lane + 32 * j < args.half ? args.qkv.rope_frequency[lane + 32 * j] : 0;
-    cuda_wait();
     cuda_release();
+    cuda_wait();
     uint32_t position = args.positions[t], in_page = position % KV_PAGE_POSITIONS;
     uint32_t page = args.page_tables[(size_t)args.slots[t] * args.table_stride + position / KV_PAGE_POSITIONS];
     __half *pages = (__half *)(args.pages + page * args.page_bytes);

@@ -6,12 +6,12 @@
 // thread.
 #include "kernels/cuda/cuda_product.cuh"
 
-// Into how many runs K is cut: enough for all the SMs of a large GPU to have a dozen warps at work, by the shapes
+// Into how many runs K is cut: enough for all the SMs of a large GPU to have eight warps at work, by the shapes
 // alone. Two GPUs of different size give the same bits.
 static uint32_t choose_chunks(uint32_t tiles, uint32_t k_blocks)
 {
     uint32_t chunks = 1;
-    while (chunks < PRODUCT_CHUNKS && tiles * chunks < 1536 && k_blocks >= 2 * chunks)
+    while (chunks < PRODUCT_CHUNKS && tiles * chunks < 1024 && k_blocks >= 2 * chunks)
         chunks *= 2;
     return chunks;
 }

@@ -8,7 +8,7 @@
 
 #include "kernels/cuda/cuda_record.cuh"
 
-enum { PRODUCT_PARTS = 4, PRODUCT_CHUNKS = 8 };
+enum { PRODUCT_PARTS = 4, PRODUCT_CHUNKS = 4 };
 
 struct product_part {
     const unsigned char *records;

@@ -3,11 +3,13 @@
 // A warp takes one run of K of one tile of 16 rows and streams its records through a ring of its own in shared
 // memory, filled by bulk copies that run ahead, the first of them started before the kernel's predecessor has
 // finished (weights depend on nobody). Activations of all columns lie in shared memory whole. Where a tile has
-// several runs their sums meet in shared memory. One block an SM; the number of warps is chosen so that the
-// last round is as full as the others.
+// several runs their sums meet in shared memory. The number of warps is chosen so that the last round is as full
+// as the others; and where a block gets along with half of an SM's shared memory and registers, its successor's
+// blocks can already stand beside it and fill their rings.
+#include <stdlib.h>
 #include "kernels/cuda/cuda_product.cuh"
 
-enum { SMALL_COLUMNS = 8, MAX_WARPS = 28, MAX_SLOTS_A_WARP = 8 };
+enum { SMALL_COLUMNS = 8, MAX_WARPS = 28, PAIRED_WARPS = 16, MAX_SLOTS_A_WARP = 8 };
 
 struct small_shape {
     uint32_t slots; // of a warp's ring
@@ -73,25 +75,26 @@ __device__ __forceinline__ void reduce_pass(const struct product_args &args, con
         uint32_t tile = blockIdx.x + (pass * shape.tiles_a_pass + slot) * gridDim.x;
         if (tile >= args.tiles)
             continue;
-        const float *from = sums + (size_t)slot * args.chunks * 128 + column * 16 + row;
+        const float *from = sums + ((size_t)slot * args.chunks * args.columns + column) * 16 + row;
         float sum = from[0];
         for (uint32_t c = 1; c < args.chunks; c++)
-            sum += from[c * 128];
+            sum += from[c * args.columns * 16];
         const struct product_part &part = product_part_of(args, tile);
         product_store(args, part, (tile - part.first_tile) * CUDA_TILE_ROWS + row, column, sum);
     }
 }
 
-template <int L>
-__global__ void __launch_bounds__(MAX_WARPS * 32, 1)
+// Blocks of up to W warps, B of them on an SM.
+template <int L, int W, int B>
+__global__ void __launch_bounds__(W * 32, B)
     product_small_kernel(const __grid_constant__ struct product_args args, struct small_shape shape)
 {
     constexpr uint32_t BYTES = record_form_of(L).bytes;
     extern __shared__ __align__(128) unsigned char shared[];
-    __shared__ __align__(8) barrier_t filled[MAX_WARPS * MAX_SLOTS_A_WARP], columns_here;
+    __shared__ __align__(8) barrier_t filled[W * MAX_SLOTS_A_WARP], columns_here;
     uint32_t warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, slots = shape.slots;
     unsigned char *ring = shared + (size_t)warp * slots * BYTES, *x = shared + (size_t)warps * slots * BYTES;
-    float *sums = (float *)(x + (size_t)args.k_blocks * args.columns * CUDA_BLOCK_BYTES); // [2][warps][8][16]
+    float *sums = (float *)(x + (size_t)args.k_blocks * args.columns * CUDA_BLOCK_BYTES); // [2][warps][columns][16]
     barrier_t *ready = filled + warp * MAX_SLOTS_A_WARP;
 
     struct record_walk ahead = {}, here = {};
@@ -151,63 +154,86 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, 1)
             }
             continue;
         }
-        float *to = sums + (size_t)(pass % 2) * warps * 128 + warp * 128;
-        for (uint32_t i = 0; i < 4; i++)
-            to[(2 * t + i % 2) * 16 + g + i / 2 * 8] = acc[0][0][i];
+        float *turn = sums + (size_t)(pass % 2) * warps * args.columns * 16, *to = turn + warp * args.columns * 16;
+        for (uint32_t i = 0; i < 4; i++) {
+            if (2 * t + i % 2 < args.columns)
+                to[(2 * t + i % 2) * 16 + g + i / 2 * 8] = acc[0][0][i];
+        }
         __syncthreads();
-        reduce_pass(args, shape, sums + (size_t)(pass % 2) * warps * 128, pass);
+        reduce_pass(args, shape, turn, pass);
     }
 }
 
 // --- shapes ---
 
-// Warps a block, a multiple of the runs of a tile: those that leave the fewest idle in the last round.
-static uint32_t choose_warps(const struct product_args &args, uint32_t blocks)
+// How full `warps` warps are kept by `tiles` tiles of `chunks` runs; less than about 14 have too little in flight.
+static double share_of(uint32_t tiles, uint32_t chunks, uint32_t warps)
 {
-    uint32_t tiles = (args.tiles + blocks - 1) / blocks, best = 0;
-    double best_share = 0;
-    for (uint32_t warps = 8; warps <= MAX_WARPS; warps += 4) {
-        uint32_t tiles_a_pass = warps / args.chunks, passes;
-        if (tiles_a_pass == 0 || warps % args.chunks)
-            continue;
-        passes = (tiles + tiles_a_pass - 1) / tiles_a_pass;
-        // How full the rounds are; and below about 14 warps there is too little in flight.
-        double share = (double)tiles / (passes * tiles_a_pass) * (warps < 14 ? warps / 14.0 : 1);
-        if (share > best_share + 0.02 || (share > best_share - 0.02 && warps <= 20)) {
+    uint32_t tiles_a_pass = warps / chunks, passes;
+    if (tiles_a_pass == 0 || warps % chunks)
+        return 0;
+    passes = (tiles + tiles_a_pass - 1) / tiles_a_pass;
+    return (double)tiles / (passes * tiles_a_pass) * (warps < 14 ? warps / 14.0 : 1);
+}
+
+static uint32_t choose_warps(const struct product_args &args, uint32_t blocks, uint32_t most, double *share)
+{
+    uint32_t tiles = (args.tiles + blocks - 1) / blocks, best = 8;
+    *share = share_of(tiles, args.chunks, best);
+    for (uint32_t warps = 12; warps <= most; warps += 4) {
+        double one = share_of(tiles, args.chunks, warps);
+        if (one > *share + 0.02 || (one > *share - 0.02 && warps <= 20)) {
             best = warps;
-            best_share = share > best_share ? share : best_share;
+            *share = one > *share ? one : *share;
         }
     }
     return best;
 }
 
-template <int L> static bool launch(struct cuda_device *device, const struct product_args &args)
+// Launches with what fits `room` bytes of shared memory; false when that is not two records a warp.
+template <int L, int W, int B>
+static bool launch(struct cuda_device *device, const struct product_args &args, uint32_t blocks, uint32_t warps,
+                   size_t room)
 {
     constexpr uint32_t BYTES = record_form_of(L).bytes;
-    uint32_t blocks = args.tiles < (uint32_t)device->sms ? args.tiles : (uint32_t)device->sms;
-    uint32_t warps = choose_warps(args, blocks);
-    size_t x = (size_t)args.k_blocks * args.columns * CUDA_BLOCK_BYTES, sums = (size_t)2 * warps * 128 * sizeof(float);
-    size_t room = device->shared_limit - 3072; // static barriers
+    size_t x = (size_t)args.k_blocks * args.columns * CUDA_BLOCK_BYTES;
+    size_t sums = args.chunks > 1 ? (size_t)2 * warps * args.columns * 16 * sizeof(float) : 0;
+    room -= W * MAX_SLOTS_A_WARP * sizeof(barrier_t) + 1024 + 128; // the barriers, and what the system takes
     if (x + sums + (size_t)warps * 2 * BYTES > room)
         return false;
     uint32_t slots = (uint32_t)((room - x - sums) / (warps * BYTES));
     struct small_shape shape = {slots < MAX_SLOTS_A_WARP ? slots : (uint32_t)MAX_SLOTS_A_WARP, warps / args.chunks};
-    size_t shared = (size_t)warps * shape.slots * BYTES + x + sums;
     static bool prepared;
     if (!prepared)
         prepared = !cuda_failed(device,
-                                cudaFuncSetAttribute(product_small_kernel<L>,
+                                cudaFuncSetAttribute(product_small_kernel<L, W, B>,
                                                      cudaFuncAttributeMaxDynamicSharedMemorySize, (int)room),
                                 "preparing a product");
-    cuda_launch(device, "product", product_small_kernel<L>, blocks, warps * 32, shared, args, shape);
+    cuda_launch(device, "product", product_small_kernel<L, W, B>, blocks, warps * 32,
+                (size_t)warps * shape.slots * BYTES + x + sums, args, shape);
     return true;
+}
+
+template <int L> static bool choose(struct cuda_device *device, const struct product_args &args)
+{
+    uint32_t blocks = args.tiles < (uint32_t)device->sms ? args.tiles : (uint32_t)device->sms;
+    double paired_share, alone_share;
+    uint32_t paired = choose_warps(args, blocks, PAIRED_WARPS, &paired_share);
+    uint32_t alone = choose_warps(args, blocks, MAX_WARPS, &alone_share);
+    static int mode = -1;
+    if (mode < 0)
+        mode = getenv("STRATA_X") ? atoi(getenv("STRATA_X")) : 0;
+    if (mode == 0 && paired_share > alone_share - 0.2 &&
+        launch<L, PAIRED_WARPS, 2>(device, args, blocks, paired, (device->shared_limit + 1024) / 2))
+        return true;
+    return launch<L, MAX_WARPS, 1>(device, args, blocks, alone, device->shared_limit + 1024);
 }
 
 bool product_small(struct cuda_device *device, const struct product_args &args, int layout)
 {
     static bool (*const LAUNCH[RECORD_LAYOUTS])(struct cuda_device *, const struct product_args &) = {
-        launch<RECORD_NIBBLES>,  launch<RECORD_NIBBLES_16>, launch<RECORD_FIVES>,    launch<RECORD_SIXES>,
-        launch<RECORD_SCALED_4>, launch<RECORD_SCALED_5>,   launch<RECORD_SCALED_8>, launch<RECORD_HALVES>,
+        choose<RECORD_NIBBLES>,  choose<RECORD_NIBBLES_16>, choose<RECORD_FIVES>,    choose<RECORD_SIXES>,
+        choose<RECORD_SCALED_4>, choose<RECORD_SCALED_5>,   choose<RECORD_SCALED_8>, choose<RECORD_HALVES>,
     };
     return args.columns <= SMALL_COLUMNS && LAUNCH[layout](device, args);
 }

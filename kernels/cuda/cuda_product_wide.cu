@@ -1,11 +1,12 @@
 // Products with up to 64 columns: continuous batching's decode steps.
 //
-// A block takes 16 (or 8) tiles and one run of K, a warp one tile, or two that share what it reads of the columns:
-// with many columns reading them from shared memory would else cost more than the products. A ring of stages holds the tiles' records of a K
-// block and the activations of all columns of that block, two bulk copies, used by all warps; the first warp
-// fills a stage again when all have left it, one stage late, so that it rarely waits. (A warp of its own for
-// that would cost the others a quarter of their registers.) The runs of a tile belong to blocks of one cluster, whose sums meet in distributed shared memory, each
-// block adding up an equal share of the rows. The columns are padded to 8, 16, 32 or 64.
+// A block takes some tiles and one run of K, a warp one tile, or two that share what it reads of the columns: with
+// many columns reading them from shared memory would else cost more than the products. A ring of stages holds the
+// tiles' records of a K block and the activations of all columns of that block, used by all warps; the first warp
+// fills a stage again when all have left it, one stage late, so that it rarely waits. (A warp of its own for that
+// would cost the others a quarter of their registers.) The runs of a tile belong to blocks of one cluster, whose
+// sums meet in distributed shared memory, each block adding up an equal share of the rows. The columns are padded
+// to 8, 16, 32 or 64.
 #include <cooperative_groups.h>
 
 #include "kernels/cuda/cuda_product.cuh"
@@ -40,17 +41,17 @@ __device__ __forceinline__ struct wide_place place_of(const struct product_args 
     return place;
 }
 
-// Copies K block k into `stage`: the records, the columns.
+// Copies the records of K block k into a stage, one lane a tile; lane 0 has told the barrier to expect them.
 template <int L>
-__device__ __forceinline__ void copy_records(const struct product_args &args, const struct wide_shape &shape,
-                                             const struct wide_place &place, uint32_t k, unsigned char *to,
-                                             barrier_t *filled)
+__device__ __forceinline__ void copy_records(const struct product_args &args, const struct wide_place &place,
+                                             uint32_t k, unsigned char *to, barrier_t *filled, uint32_t lane)
 {
     constexpr uint32_t BYTES = record_form_of(L).bytes;
     const struct product_part &part = args.parts[place.part];
-    barrier_expect(filled, place.n_tiles * BYTES + args.columns * CUDA_BLOCK_BYTES);
-    copy_bulk(to, part.records + record_index(place.tile, k, part.tiles, args.k_blocks) * BYTES,
-              place.n_tiles * BYTES, filled, CACHE_FIRST_OUT);
+    if (lane < place.n_tiles)
+        copy_bulk(to + lane * BYTES,
+                  part.records + record_index(place.tile + lane, k, part.tiles, args.k_blocks) * BYTES, BYTES, filled,
+                  CACHE_FIRST_OUT);
 }
 
 __device__ __forceinline__ void copy_columns(const struct product_args &args, const struct wide_shape &shape,
@@ -112,14 +113,20 @@ __global__ void __launch_bounds__(WIDE_TILES / R * 32, 1)
     struct wide_place place = place_of(args, shape);
     uint32_t begin = product_chunk_begin(args, place.chunk), blocks = product_chunk_begin(args, place.chunk + 1) - begin;
     uint32_t ahead = min(blocks, shape.stages); // K blocks whose copies have begun
-    if (threadIdx.x == 0) {
-        for (uint32_t i = 0; i < shape.stages; i++) {
-            barrier_init(filled + i, 1);
-            barrier_init(drained + i, blockDim.x / 32);
+    uint32_t stage_copied = place.n_tiles * BYTES + args.columns * CUDA_BLOCK_BYTES;
+    if (warp == 0) {
+        if (lane == 0) {
+            for (uint32_t i = 0; i < shape.stages; i++) {
+                barrier_init(filled + i, 1);
+                barrier_init(drained + i, blockDim.x / 32);
+            }
+            barrier_publish();
+            for (uint32_t i = 0; i < ahead; i++)
+                barrier_expect(filled + i, stage_copied);
         }
-        barrier_publish();
+        __syncwarp();
         for (uint32_t i = 0; i < ahead; i++) // weights do not wait for the predecessor
-            copy_records<L>(args, shape, place, begin + i, shared + i * shape.stage_bytes, filled + i);
+            copy_records<L>(args, place, begin + i, shared + i * shape.stage_bytes, filled + i, lane);
     }
     cuda_release();
     cuda_wait();
@@ -131,12 +138,16 @@ __global__ void __launch_bounds__(WIDE_TILES / R * 32, 1)
     float acc[R][NT][4] = {};
     for (uint32_t k = 0, stage = 0, parity = 0; k < blocks; k++) {
         const unsigned char *from = shared + stage * shape.stage_bytes;
-        if (threadIdx.x == 0 && k > 0 && ahead < blocks) { // the stage before is free, or soon
+        if (warp == 0 && k > 0 && ahead < blocks) { // the stage before is free, or soon
             uint32_t before = stage == 0 ? shape.stages - 1 : stage - 1;
             unsigned char *to = shared + before * shape.stage_bytes;
-            barrier_await(drained + before, stage == 0 ? parity ^ 1 : parity);
-            copy_records<L>(args, shape, place, begin + ahead, to, filled + before);
-            copy_columns(args, shape, begin + ahead, to, filled + before);
+            if (lane == 0) {
+                barrier_await(drained + before, stage == 0 ? parity ^ 1 : parity);
+                barrier_expect(filled + before, stage_copied);
+                copy_columns(args, shape, begin + ahead, to, filled + before);
+            }
+            __syncwarp();
+            copy_records<L>(args, place, begin + ahead, to, filled + before, lane);
             ahead++;
         }
         __syncwarp();
@@ -191,29 +202,52 @@ static void launch_cluster(struct cuda_device *device, Kernel kernel, uint32_t b
     cuda_failed(device, cudaLaunchKernelEx(&config, kernel, args, shape), "wide product");
 }
 
-// As many stages as fit, with 16 tiles a block if two stages of that fit, else with 8.
+static uint32_t blocks_of(const struct product_args &args, uint32_t tiles)
+{
+    uint32_t blocks = 0;
+    for (uint32_t p = 0; p < args.n_parts; p++)
+        blocks += (args.parts[p].tiles + tiles - 1) / tiles * args.chunks;
+    return blocks;
+}
+
+// Tiles a block: what makes the rounds over all SMs cost least, a block costing its tiles and about two more. Whole
+// clusters find place on a few SMs less than there are.
+static uint32_t choose_tiles(const struct cuda_device *device, const struct product_args &args, uint32_t most,
+                             uint32_t step)
+{
+    uint32_t places = (uint32_t)device->sms / args.chunks * args.chunks, best = step, best_cost = ~0u;
+    if (args.chunks > 2)
+        places -= args.chunks;
+    for (uint32_t tiles = step; tiles <= most; tiles += step) {
+        uint32_t cost = (blocks_of(args, tiles) + places - 1) / places * (tiles + 2);
+        if (cost <= best_cost) {
+            best = tiles;
+            best_cost = cost;
+        }
+    }
+    return best;
+}
+
 template <int L, int NT, int R> static void launch(struct cuda_device *device, const struct product_args &args)
 {
     constexpr uint32_t BYTES = record_form_of(L).bytes;
     size_t room = device->shared_limit - 1024, columns = (size_t)args.columns * CUDA_BLOCK_BYTES;
+    uint32_t most = (uint32_t)((room / 2 - columns - 128) / BYTES); // two stages at least
     struct wide_shape shape = {};
-    shape.tiles = 2 * (WIDE_TILES * BYTES + columns) <= room ? WIDE_TILES : WIDE_TILES / 2;
+    shape.tiles = choose_tiles(device, args, most < WIDE_TILES ? most / R * R : (uint32_t)WIDE_TILES, R);
     shape.columns_at = shape.tiles * BYTES;
     shape.stage_bytes = (uint32_t)((shape.columns_at + columns + 127) / 128 * 128);
     shape.stages = (uint32_t)(room / shape.stage_bytes);
     shape.stages = shape.stages < WIDE_STAGES ? shape.stages : (uint32_t)WIDE_STAGES;
     size_t sums = args.chunks > 1 ? (size_t)8 * NT * (shape.tiles * CUDA_TILE_ROWS + 4) * sizeof(float) : 0;
     size_t shared = (size_t)shape.stages * shape.stage_bytes;
-    uint32_t blocks = 0;
-    for (uint32_t p = 0; p < args.n_parts; p++)
-        blocks += (args.parts[p].tiles + shape.tiles - 1) / shape.tiles * args.chunks;
     static bool prepared;
     if (!prepared)
         prepared = !cuda_failed(device,
                                 cudaFuncSetAttribute(product_wide_kernel<L, NT, R>,
                                                      cudaFuncAttributeMaxDynamicSharedMemorySize, (int)room),
                                 "preparing a wide product");
-    launch_cluster(device, product_wide_kernel<L, NT, R>, blocks, shape.tiles / R * 32,
+    launch_cluster(device, product_wide_kernel<L, NT, R>, blocks_of(args, shape.tiles), shape.tiles / R * 32,
                    sums > shared ? sums : shared, args, shape);
 }
 

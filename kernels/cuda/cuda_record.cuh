@@ -147,7 +147,7 @@ __device__ __forceinline__ unsigned shift(unsigned a, int right)
 __device__ __forceinline__ void multiply_add(float *c, unsigned a0, unsigned a1, unsigned a2, unsigned a3,
                                              unsigned b0, unsigned b1)
 {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
                  "{%0,%1,%2,%3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
@@ -315,13 +315,24 @@ __device__ __forceinline__ void record_multiply(const unsigned char *record, con
 #pragma unroll
             for (int r = 0; r < R; r++)
                 record_group<L>(record + r * form.bytes, rows[r], j, lane, a[r]);
+            constexpr int AT_ONCE = NT < 4 ? NT : 4; // products that do not wait for one another stand together
 #pragma unroll
-            for (int n = 0; n < NT; n++) {
-                uint4 b = *(const uint4 *)(columns[n] + j * 64);
+            for (int first = 0; first < NT; first += AT_ONCE) {
+                uint4 b[AT_ONCE];
 #pragma unroll
-                for (int r = 0; r < R; r++) {
-                    multiply_add(sums[r][n], a[r][0], a[r][1], a[r][2], a[r][3], b.x, b.y);
-                    multiply_add(sums[r][n], a[r][4], a[r][5], a[r][6], a[r][7], b.z, b.w);
+                for (int n = 0; n < AT_ONCE; n++)
+                    b[n] = *(const uint4 *)(columns[first + n] + j * 64);
+#pragma unroll
+                for (int n = 0; n < AT_ONCE; n++) {
+#pragma unroll
+                    for (int r = 0; r < R; r++)
+                        multiply_add(sums[r][first + n], a[r][0], a[r][1], a[r][2], a[r][3], b[n].x, b[n].y);
+                }
+#pragma unroll
+                for (int n = 0; n < AT_ONCE; n++) {
+#pragma unroll
+                    for (int r = 0; r < R; r++)
+                        multiply_add(sums[r][first + n], a[r][4], a[r][5], a[r][6], a[r][7], b[n].z, b[n].w);
                 }
             }
         }

@@ -197,7 +197,7 @@ __global__ void activate_kernel(struct activation_view out, const float *gate, c
     cuda_release();
     cuda_wait();
     uint32_t row = blockIdx.y, k = 8 * (blockIdx.x * blockDim.x + threadIdx.x);
-    float values[8], gates[8];
+    float values[8] = {}, gates[8];
     if (k < width)
         load8(up + (size_t)row * stride, k, width, values);
     if (k < width && gate)

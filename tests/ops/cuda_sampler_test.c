@@ -17,10 +17,11 @@ struct pair { // both devices with a sampler each
 static struct pair pair_open(uint32_t n_slots, uint32_t vocab)
 {
     struct pair pair = {.vocab = vocab};
-    struct device_options options = {.backend = "cuda"};
+    struct device_options options[SIDES] = {
+        [CPU] = {.backend = "cpu", .threads = 2, .level = LEVEL_PORTABLE}, [GPU] = {.backend = "cuda"}};
     struct error error = {0};
-    pair.device[CPU] = fixture_open(LEVEL_PORTABLE, 2);
-    ck_assert_msg(device_open(&pair.device[GPU], &options, &error) == 0, "%s", error.text);
+    for (int side = 0; side < SIDES; side++)
+        ck_assert_msg(device_open(&pair.device[side], &options[side], &error) == 0, "%s", error.text);
     for (int side = 0; side < SIDES; side++) {
         const struct kernel_ops *ops = device_ops(pair.device[side]);
         ck_assert_uint_gt(ops->sampler_bytes(pair.device[side], n_slots, vocab), 0);
