@@ -51,9 +51,9 @@ __device__ __forceinline__ uint4 query_chunk(const attention_args &args, const f
         return make_uint4(0, 0, 0, 0);
     float4 a = *(const float4 *)(query + first), b = *(const float4 *)(query + first + 4);
     float scale = args.q_scale;
-    return make_uint4(bounded_halves_of(a.x * scale, a.y * scale), bounded_halves_of(a.z * scale, a.w * scale),
-                      bounded_halves_of(b.x * scale, b.y * scale),
-                      bounded_halves_of(b.z * scale, b.w * scale));
+    return make_uint4(
+        bounded_halves_of(a.x * scale, a.y * scale), bounded_halves_of(a.z * scale, a.w * scale),
+        bounded_halves_of(b.x * scale, b.y * scale), bounded_halves_of(b.z * scale, b.w * scale));
 }
 
 // Lets a kernel have `shared` bytes of dynamic shared memory; once for each device and instance, whose

@@ -1,5 +1,5 @@
-// Attention of generated tokens: few queries a K and V head, long contexts, so the work is to read KV once and
-// fast. After Flash-Decoding (T. Dao and others, 2023): a row's positions are cut into splits at fixed
+// Attention of generated tokens: few queries a K and V head, long contexts, so the work is to read KV once
+// and fast. After Flash-Decoding (T. Dao and others, 2023): a row's positions are cut into splits at fixed
 // absolute positions, blocks compute splits, and the last block of a row and KV head to finish (a ticket
 // tells) puts them together in ascending order.
 //
@@ -41,16 +41,15 @@ __device__ __forceinline__ uint32_t split_begin(uint32_t split)
 }
 
 template <uint32_t WIDTH, int QUERY_TILES> struct decode_shape {
-    static constexpr int STEP = WIDTH <= 128 ? 128 : 64;  // positions
-    static constexpr int SHARE = STEP / DECODE_WARPS;     // of them a warp's: a part of one page
-    static constexpr int PARTS = WIDTH / 32;              // of 32 dimensions
+    static constexpr int STEP = WIDTH <= 128 ? 128 : 64; // positions
+    static constexpr int SHARE = STEP / DECODE_WARPS;    // of them a warp's: a part of one page
+    static constexpr int PARTS = WIDTH / 32;             // of 32 dimensions
     static constexpr int OWN_PARTS = (PARTS + DECODE_WARPS - 1) / DECODE_WARPS; // at most, a warp
-    static constexpr int CHUNKS = WIDTH / 8;              // of 16 bytes, a row of K
-    static constexpr int SHARE_CHUNKS = SHARE * CHUNKS;   // of a warp's K, or V
-    static constexpr int IMAGE = STEP * CHUNKS;           // chunks of a step's K, or V
-    static constexpr int SCORES = STEP + 4;               // floats of a query: banks differ by query
-    static constexpr size_t SHARED =
-        2 * IMAGE * sizeof(uint4) + QUERY_TILES * 8 * SCORES * sizeof(float);
+    static constexpr int CHUNKS = WIDTH / 8;                                    // of 16 bytes, a row of K
+    static constexpr int SHARE_CHUNKS = SHARE * CHUNKS;                         // of a warp's K, or V
+    static constexpr int IMAGE = STEP * CHUNKS;                                 // chunks of a step's K, or V
+    static constexpr int SCORES = STEP + 4; // floats of a query: banks differ by query
+    static constexpr size_t SHARED = 2 * IMAGE * sizeof(uint4) + QUERY_TILES * 8 * SCORES * sizeof(float);
 };
 
 // Where splits' results go: [row][head][n_splits], each WIDTH sums, and the largest score and sum of weights.
@@ -135,8 +134,8 @@ template <uint32_t WIDTH, class Shape>
 __device__ __forceinline__ void start_values(const attention_args &a, const decode_task &task, uint4 *values,
                                              uint32_t page, uint32_t from, uint32_t seen)
 {
-    const uint4 *source = share_in<Shape>(
-        page_keys(a, page, task.kv_head, WIDTH) + kv_value_offset(a, WIDTH), from);
+    const uint4 *source =
+        share_in<Shape>(page_keys(a, page, task.kv_head, WIDTH) + kv_value_offset(a, WIDTH), from);
     values += threadIdx.x / 32 * Shape::SHARE_CHUNKS;
 #pragma unroll
     for (int i = 0; i < Shape::SHARE_CHUNKS; i += 32) {
@@ -152,8 +151,8 @@ __device__ __forceinline__ void clear_half_pair(uint4 *values, uint32_t seen)
 {
     if (seen % 2 == 0)
         return;
-    uint32_t *pair = (uint32_t *)(values + threadIdx.x / 32 * Shape::SHARE_CHUNKS +
-                                  seen / 2 * 2 * Shape::CHUNKS);
+    uint32_t *pair =
+        (uint32_t *)(values + threadIdx.x / 32 * Shape::SHARE_CHUNKS + seen / 2 * 2 * Shape::CHUNKS);
     for (uint32_t i = threadIdx.x % 32; i < WIDTH; i += 32)
         pair[i] &= 0xffff;
 }
@@ -548,8 +547,8 @@ void cuda_attention_decode(struct cuda_device *device, const attention_args &a)
         cuda_fault(device, STATUS_INTERNAL, "too many generated tokens and KV heads for one attention");
         return;
     }
-    char *scratch = (char *)cuda_scratch(device, cuda_attention_decode_scratch(a.n_heads, a.head_size,
-                                                                               a.n_generated, a.table_stride));
+    char *scratch = (char *)cuda_scratch(
+        device, cuda_attention_decode_scratch(a.n_heads, a.head_size, a.n_generated, a.table_stride));
     if (!scratch)
         return;
     args.sums = (float *)scratch;

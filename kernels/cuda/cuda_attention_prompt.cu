@@ -16,9 +16,9 @@ enum { TILE_QUERIES = 128 };
 template <uint32_t WIDTH> struct prompt_shape {
     static constexpr int WARPS = WIDTH <= 128 ? 4 : 8;
     static constexpr int THREADS = 32 * WARPS;
-    static constexpr int TILES = TILE_QUERIES / 16 / WARPS; // of 16 queries, a warp
-    static constexpr int PARTS = WIDTH / 32;                // of 32 dimensions
-    static constexpr int CHUNKS = WIDTH / 8;                // of 16 bytes, a row of K
+    static constexpr int TILES = TILE_QUERIES / 16 / WARPS;  // of 16 queries, a warp
+    static constexpr int PARTS = WIDTH / 32;                 // of 32 dimensions
+    static constexpr int CHUNKS = WIDTH / 8;                 // of 16 bytes, a row of K
     static constexpr int IMAGE = KV_PAGE_POSITIONS * CHUNKS; // chunks of a page's K, or V
     static constexpr size_t SHARED = (TILE_QUERIES * CHUNKS + 4 * IMAGE) * sizeof(uint4);
 };
@@ -309,7 +309,8 @@ template <uint32_t WIDTH> static void launch_prompt(struct cuda_device *device, 
 {
     typedef prompt_shape<WIDTH> shape;
     static uint64_t allowed;
-    if (!allow_shared(device, "attention of prompts", attention_prompt_kernel<WIDTH>, shape::SHARED, &allowed))
+    if (!allow_shared(device, "attention of prompts", attention_prompt_kernel<WIDTH>, shape::SHARED,
+                      &allowed))
         return;
     uint32_t tiles = (args.n_tokens - args.n_generated) / TILE_QUERIES + args.n_spans - args.n_generated;
     cuda_launch(device, "attention of prompts", attention_prompt_kernel<WIDTH>, dim3(tiles, args.n_heads),

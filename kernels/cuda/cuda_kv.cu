@@ -15,8 +15,8 @@ enum { PREPARE_THREADS = 128, PREPARE_WARPS = PREPARE_THREADS / 32 };
 struct prepare_args {
     struct qkv_args qkv;
     uint32_t n_heads, n_kv_heads, head_size, width;
-    uint32_t half;   // pairs that turn
-    bool apart;      // pairs are (i, i + half), else (2i, 2i + 1)
+    uint32_t half; // pairs that turn
+    bool apart;    // pairs are (i, i + half), else (2i, 2i + 1)
     unsigned char *pages;
     size_t page_bytes;
     const uint32_t *positions, *slots, *page_tables;
@@ -38,9 +38,9 @@ __device__ __forceinline__ float2 sine_cosine(uint32_t position, float frequency
     double quarters = rint(angle * 0.63661977236758134308);
     float r = (float)fma(-quarters, 1.57079632679489661923, angle), r2 = r * r;
     float sine = ((-1.9515295891e-4f * r2 + 8.3321608736e-3f) * r2 - 1.6666654611e-1f) * r2 * r + r;
-    float cosine = ((2.443315711809948e-5f * r2 - 1.388731625493765e-3f) * r2 + 4.166664568298827e-2f) * r2 *
-                       r2 -
-                   0.5f * r2 + 1.0f;
+    float cosine =
+        ((2.443315711809948e-5f * r2 - 1.388731625493765e-3f) * r2 + 4.166664568298827e-2f) * r2 * r2 -
+        0.5f * r2 + 1.0f;
     int turn = (int)quarters & 3;
     float2 both = turn & 1 ? make_float2(cosine, sine) : make_float2(sine, cosine);
     if (turn & 2)
@@ -127,7 +127,8 @@ __global__ void __launch_bounds__(PREPARE_THREADS) attn_prepare_kernel(const pre
     cuda_release();
     cuda_wait();
     uint32_t position = args.positions[t], in_page = position % KV_PAGE_POSITIONS;
-    uint32_t page = args.page_tables[(size_t)args.slots[t] * args.table_stride + position / KV_PAGE_POSITIONS];
+    uint32_t page =
+        args.page_tables[(size_t)args.slots[t] * args.table_stride + position / KV_PAGE_POSITIONS];
     __half *pages = (__half *)(args.pages + page * args.page_bytes);
 #pragma unroll
     for (int j = 0; j < PAIRS; j++)

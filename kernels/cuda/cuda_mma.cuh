@@ -43,10 +43,10 @@ __device__ __forceinline__ float power_of_2(float x)
 // Starts copying 16 bytes to shared memory, or writing 16 zeros there when `live` is false.
 __device__ __forceinline__ void copy_async16(void *shared, const void *global, bool live)
 {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                     (uint32_t)__cvta_generic_to_shared(shared)),
-                 "l"(global), "r"(live ? 16 : 0)
-                 : "memory");
+    asm volatile(
+        "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(shared)),
+        "l"(global), "r"(live ? 16 : 0)
+        : "memory");
 }
 
 __device__ __forceinline__ void copy_async_commit()

@@ -25,11 +25,12 @@
 enum {
     ROW_THREADS = 512,
     ROW_WARPS = ROW_THREADS / 32,
-    ROW_MOST_PARTS = 8,
     ROW_BIN_BITS = 11,
     ROW_BINS = 1 << ROW_BIN_BITS,
 };
 
+// Blocks that share a row. The preprocessor asks, so these are no enumerators.
+#define ROW_MOST_PARTS 8
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 #define ROW_PARTS 1
 #define ROW_CLUSTER

@@ -53,8 +53,8 @@ static void read_activation_row(const uint8_t *data, uint32_t width, uint32_t ro
     size_t blocks = (width + 255) / 256, groups = (rows + 63) / 64;
     for (uint32_t k = 0; k < width; k++) {
         const uint8_t *record = data + ((t / 64 * blocks + k / 256) * 64 + t % 64) * 576;
-        const uint16_t *plain = (const uint16_t *)(data + groups * blocks * 64 * 576) +
-                                (size_t)(t - n_generated) * blocks * 256;
+        const uint16_t *plain =
+            (const uint16_t *)(data + groups * blocks * 64 * 576) + (size_t)(t - n_generated) * blocks * 256;
         out[k] = float_of_half(t < n_generated ? ((const uint16_t *)record)[k % 256] : plain[k]);
         if (t >= n_generated || k % 16 != 15)
             continue;
@@ -157,7 +157,8 @@ static void prepare(struct device *device, const struct prepare_case *shape, str
                           .n_spans = n,
                           .positions = fixture_put(device, p->positions, n * sizeof(uint32_t)),
                           .slots = fixture_put(device, slots, n * sizeof *slots),
-                          .page_tables = fixture_put(device, tables, (size_t)n * table_stride * sizeof *tables),
+                          .page_tables =
+                              fixture_put(device, tables, (size_t)n * table_stride * sizeof *tables),
                           .table_stride = table_stride};
     struct qkv_args qkv = {.q = rows,
                            .k = rows + q_width,
@@ -226,9 +227,7 @@ START_TEST(test_prepare)
     fixture_normals(p.rows, count, 2);
     p.rows[(shape->n_heads + shape->n_kv_heads) * shape->head_size] = 1e6f; // becomes the largest half
     for (uint32_t t = 0; t < shape->n_tokens; t++)
-        p.positions[t] = t == 0   ? 0
-                         : t == 1 ? shape->most_position
-                                  : fixture_below(shape->most_position + 1);
+        p.positions[t] = t == 0 ? 0 : t == 1 ? shape->most_position : fixture_below(shape->most_position + 1);
     struct device *device = open_cuda();
     prepare(device, shape, &p);
     check_prepared(shape, &p);
@@ -287,8 +286,8 @@ static struct world *world_new(const struct attention_case *shape)
     world->kv_width = shape->n_kv_heads * shape->head_size;
     world->row_width = world->q_width + 2 * world->kv_width;
     for (uint32_t s = 0; s < shape->n_sequences; s++) {
-        world->lengths[s] = s ? shape->shortest + fixture_below(shape->longest - shape->shortest + 1)
-                              : shape->longest;
+        world->lengths[s] =
+            s ? shape->shortest + fixture_below(shape->longest - shape->shortest + 1) : shape->longest;
         world->rows[s] = malloc((size_t)world->lengths[s] * world->row_width * sizeof(float));
         for (uint32_t i = 0; i < world->lengths[s]; i++) {
             float *row = world->rows[s] + (size_t)i * world->row_width;
@@ -536,8 +535,8 @@ static void reference_row(const struct world *world, uint32_t s, uint32_t positi
     }
     memset(out, 0, size * sizeof *out);
     for (uint32_t j = first; j <= position; j++) {
-        const float *v = world->rows[s] + (size_t)j * world->row_width + world->q_width + world->kv_width +
-                         kv_head * size;
+        const float *v =
+            world->rows[s] + (size_t)j * world->row_width + world->q_width + world->kv_width + kv_head * size;
         double weight = exp(scores[j] - max);
         sum += weight;
         for (uint32_t d = 0; d < size; d++)
@@ -553,7 +552,8 @@ static void check_values(const struct world *world, const struct outputs *output
 {
     const struct attention_case *shape = &world->shape;
     uint32_t size = shape->head_size;
-    double expected[256], worst = 0;
+    // Queries are rounded to halves, which moves scores in proportion to their size.
+    double expected[256], worst = 0, most = 1e-3 * (1 + shape->peak);
     for (uint32_t s = 0; s < shape->n_sequences; s++)
         for (uint32_t position = 0; position < world->lengths[s]; position++) {
             bool edge = position + shape->generated >= world->lengths[s] ||
@@ -569,7 +569,7 @@ static void check_values(const struct world *world, const struct outputs *output
                     square += expected[d] * expected[d];
                 }
                 error = sqrt(error / square);
-                ck_assert_msg(error < 2e-3, "sequence %u position %u of %u head %u is wrong by %.3g", s,
+                ck_assert_msg(error < most, "sequence %u position %u of %u head %u is wrong by %.3g", s,
                               position, world->lengths[s], head, error);
                 worst = error > worst ? error : worst;
             }
@@ -590,18 +590,18 @@ static void check_same(const struct world *world, const struct outputs *a, const
 }
 
 static const struct attention_case CASES[] = {
-    {4, 4, 16, 0, 2, 70, 150, 3, 1},       {8, 4, 32, 0, 2, 1, 140, 1, 1},
-    {3, 1, 48, 0, 2, 60, 200, 3, 1},       {8, 2, 64, 0, 3, 5, 300, 3, 3},
-    {7, 1, 64, 50, 2, 100, 333, 4, 1},     {4, 4, 80, 0, 2, 100, 260, 3, 1},
-    {8, 1, 96, 0, 2, 100, 260, 3, 1},      {2, 1, 112, 100, 2, 1, 270, 1, 1},
-    {8, 2, 128, 0, 3, 200, 700, 5, 1},     {14, 2, 128, 0, 2, 129, 400, 2, 6},
-    {8, 1, 128, 200, 2, 300, 900, 4, 1},   {1, 1, 144, 0, 2, 64, 257, 3, 1},
-    {4, 1, 160, 0, 2, 64, 257, 3, 1},      {2, 2, 176, 30, 2, 64, 257, 3, 1},
-    {7, 1, 192, 0, 2, 64, 257, 3, 1},      {2, 1, 208, 0, 2, 64, 257, 3, 1},
-    {4, 2, 224, 0, 2, 64, 257, 3, 1},      {2, 2, 240, 0, 2, 64, 257, 3, 1},
-    {8, 1, 256, 0, 2, 64, 300, 4, 1},      {9, 1, 128, 0, 1, 300, 300, 3, 1},
-    {16, 1, 64, 0, 1, 300, 300, 3, 1},     {40, 2, 128, 1, 1, 200, 200, 3, 1},
-    {71, 1, 64, 0, 1, 200, 200, 2, 1},     {16, 1, 256, 64, 1, 200, 200, 2, 1},
+    {4, 4, 16, 0, 2, 70, 150, 3, 1},     {8, 4, 32, 0, 2, 1, 140, 1, 1},
+    {3, 1, 48, 0, 2, 60, 200, 3, 1},     {8, 2, 64, 0, 3, 5, 300, 3, 3},
+    {7, 1, 64, 50, 2, 100, 333, 4, 1},   {4, 4, 80, 0, 2, 100, 260, 3, 1},
+    {8, 1, 96, 0, 2, 100, 260, 3, 1},    {2, 1, 112, 100, 2, 1, 270, 1, 1},
+    {8, 2, 128, 0, 3, 200, 700, 5, 1},   {14, 2, 128, 0, 2, 129, 400, 2, 6},
+    {8, 1, 128, 200, 2, 300, 900, 4, 1}, {1, 1, 144, 0, 2, 64, 257, 3, 1},
+    {4, 1, 160, 0, 2, 64, 257, 3, 1},    {2, 2, 176, 30, 2, 64, 257, 3, 1},
+    {7, 1, 192, 0, 2, 64, 257, 3, 1},    {2, 1, 208, 0, 2, 64, 257, 3, 1},
+    {4, 2, 224, 0, 2, 64, 257, 3, 1},    {2, 2, 240, 0, 2, 64, 257, 3, 1},
+    {8, 1, 256, 0, 2, 64, 300, 4, 1},    {9, 1, 128, 0, 1, 300, 300, 3, 1},
+    {16, 1, 64, 0, 1, 300, 300, 3, 1},   {40, 2, 128, 1, 1, 200, 200, 3, 1},
+    {71, 1, 64, 0, 1, 200, 200, 2, 1},   {16, 1, 256, 64, 1, 200, 200, 2, 1},
 };
 
 START_TEST(test_values)
@@ -731,16 +731,23 @@ Suite *make_suite(void)
         printf("STRATA_TEST_BACKEND is not cuda: skipped\n");
         exit(77);
     }
+    const struct {
+        const char *name;
+        const TTest *test;
+        int count;
+    } tests[] = {{"page_bytes", test_page_bytes, 1},
+                 {"prepare", test_prepare, sizeof PREPARE_CASES / sizeof *PREPARE_CASES},
+                 {"values", test_values, sizeof CASES / sizeof *CASES},
+                 {"chunks", test_chunks, 4},
+                 {"company", test_company, 3},
+                 {"long", test_long, 3},
+                 {"replay", test_replay, 1}};
     Suite *suite = suite_create("cuda_attention");
-    TCase *tcase = tcase_create("cuda_attention");
-    tcase_set_timeout(tcase, 300);
-    tcase_add_test(tcase, test_page_bytes);
-    tcase_add_loop_test(tcase, test_prepare, 0, sizeof PREPARE_CASES / sizeof *PREPARE_CASES);
-    tcase_add_loop_test(tcase, test_values, 0, sizeof CASES / sizeof *CASES);
-    tcase_add_loop_test(tcase, test_chunks, 0, 4);
-    tcase_add_loop_test(tcase, test_company, 0, 3);
-    tcase_add_loop_test(tcase, test_long, 0, 3);
-    tcase_add_test(tcase, test_replay);
-    suite_add_tcase(suite, tcase);
+    for (size_t i = 0; i < sizeof tests / sizeof *tests; i++) {
+        TCase *tcase = tcase_create(tests[i].name);
+        tcase_set_timeout(tcase, 300);
+        tcase_add_loop_test(tcase, tests[i].test, 0, tests[i].count);
+        suite_add_tcase(suite, tcase);
+    }
     return suite;
 }
