@@ -180,7 +180,7 @@ WIRE_CODEC(pool)
 // --- strata.v1.Pool (wire_pool.c)
 
 enum {
-    WIRE_POOL_PROTOCOL = 1
+    WIRE_POOL_PROTOCOL = 2
 }; // what a worker's hello must say: raised when old and new cannot work together
 
 enum wire_worker_kind {

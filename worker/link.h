@@ -6,6 +6,7 @@
 #ifndef STRATA_LINK_H
 #define STRATA_LINK_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -20,8 +21,17 @@ int link_listener_open(struct link_listener **out, const char *address, char *bo
                        struct error *error);
 void link_listener_close(struct link_listener *listener);
 
+// There are two kinds of link, and data pointers are what the kind says.
+//   On the host: the pointers are host memory; send may wait until the frame is on its way, receive waits for
+//     it. Between CPU workers, and GPUs without a better way.
+//   On the device: the pointers are device memory. Sends and receives are queued on the device's stream, in
+//     order with its ops, and never wait on the host; what goes wrong later comes out of the device's `sync`
+//     or `reached`. There are no frames and nothing is checked: both ends queue the same transfers in the
+//     same order. The draws that the last stage sends to the first are up to MAX_SLOTS * 4 bytes, and
+//     n_stages + 1 of them may have been sent before the first is received: such a send must not wait for its
+//     receiver.
 struct link_ops {
-    // `bytes` of device-downloaded host memory for step `number`.
+    // `bytes` for step `number`.
     int (*send)(struct link *link, uint64_t number, const void *data, size_t bytes, struct error *error);
     int (*receive)(struct link *link, uint64_t number, void *data, size_t bytes, struct error *error);
     void (*abort)(struct link *link);
@@ -29,6 +39,7 @@ struct link_ops {
 };
 struct link {
     const struct link_ops *ops;
+    bool on_device;
 };
 
 // Dials the next stage and accepts the previous one, for `epoch`; both ends check the epoch and each other's
