@@ -29,7 +29,8 @@ static const struct option OPTIONS[] = {
      "Offline: sequences decoded together, one run for each number.", 0, 0},
     {"threads", 0, OPTION_INT, "N", "0", "Offline: compute threads, 0 = all cores.", 0, 4096},
     {"level", 0, OPTION_STRING, "NAME", NULL, "Offline: portable, avx2 or avx512 at most.", 0, 0},
-    {"backend", 0, OPTION_STRING, "NAME", "cpu", "Offline: cpu or cuda.", 0, 0},
+    {"backend", 0, OPTION_STRING, "NAME", "auto", "Offline: cpu, cuda, or auto (cuda where there is a GPU).",
+     0, 0},
     {"json", 'j', OPTION_FLAG, NULL, NULL, "Print one JSON object.", 0, 0},
     {0},
 };

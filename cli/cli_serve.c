@@ -16,6 +16,7 @@
 #include <unistd.h>
 
 #include "cli/cli_client.h"
+#include "cli/cli_devices.h"
 #include "cli/cli_internal.h"
 #include "cli/cli_process.h"
 #include "cli/cli_progress.h"
@@ -33,8 +34,11 @@ enum {
 
 // Options that pass through unchanged have the name they have in the program itself.
 static const struct option OPTIONS[] = {
-    {"workers", 'w', OPTION_INT, "N", "1", "Worker processes, each with a share of the layers.", 1,
+    {"workers", 'w', OPTION_INT, "N", NULL,
+     "Worker processes, each with a share of the layers (default: one a GPU; without GPUs, one).", 1,
      MAX_STAGES},
+    {"devices", 0, OPTION_STRING, "LIST", "all",
+     "GPUs to use, one worker each: all, none, or numbers as in 0,1.", 0, 0},
     {"listen", 'l', OPTION_STRING, "ADDR,...", "127.0.0.1:50051",
      "Where clients connect: HOST:PORT or unix:PATH.", 0, 0},
     {"context", 0, OPTION_INT, "N", NULL, "Positions of the longest sequence.", 0, 0},
@@ -59,7 +63,8 @@ static const struct option OPTIONS[] = {
     {"threads", 0, OPTION_INT, "N", NULL, "Compute threads of each worker (default: the cores, shared out).",
      0, 4096},
     {"level", 0, OPTION_STRING, "NAME", NULL, "Instruction set at most: portable, avx2 or avx512.", 0, 0},
-    {"backend", 0, OPTION_STRING, "NAME", NULL, "The backend of the workers, cpu or cuda.", 0, 0},
+    {"backend", 0, OPTION_STRING, "NAME", NULL,
+     "The backend of the workers, cpu or cuda (default: cuda where there are GPUs).", 0, 0},
     {"progress", 0, OPTION_FLAG, NULL, NULL,
      "Draw a bar while loading, also when standard error is no terminal.", 0, 0},
     {"log-level", 0, OPTION_STRING, "LEVEL", "info",
@@ -72,7 +77,7 @@ static const char *const COORDINATOR_OPTIONS[] = {
     "context",         "max-sequences", "max-waiting",   "step-budget",        "chunk",      "kv-pages",
     "memory-fraction", "step-timeout",  "drain-timeout", "max-connection-age", "model-name", "python",
     "tls-cert",        "tls-key",       "tls-ca",        "log-level",          NULL};
-static const char *const WORKER_OPTIONS[] = {"threads", "level", "backend", "log-level", NULL};
+static const char *const WORKER_OPTIONS[] = {"threads", "level", "log-level", NULL};
 
 static const char USAGE[] = "strata serve [options] MODEL.gguf";
 static const char ABOUT[] =
@@ -92,7 +97,8 @@ struct supervisor {
     char pool_address[128], client_address[128];
     struct child coordinator;
     struct child workers[MAX_STAGES];
-    uint32_t n_workers;
+    uint32_t n_workers, n_devices;
+    uint32_t devices[MAX_STAGES]; // worker i has the i-th GPU, where there are any
     int signals, ready_pipe;
     bool ready, ending, failed;
     char ready_line[1024];
@@ -146,6 +152,18 @@ static int prepare_coordinator(struct supervisor *s, struct error *error)
     return status ? status : pass_options(child, s->config, COORDINATOR_OPTIONS, error);
 }
 
+static int add_device(const struct supervisor *s, struct child *child, uint32_t index, struct error *error)
+{
+    const char *backend = config_string(s->config, "backend");
+    int status = add_argument(child, error, "--backend=%s",
+                              s->n_devices ? "cuda"
+                              : backend    ? backend
+                                           : "cpu");
+    if (status == STATUS_OK && s->n_devices)
+        status = add_argument(child, error, "--device=%u", s->devices[index]);
+    return status;
+}
+
 static int prepare_worker(struct supervisor *s, uint32_t index, struct error *error)
 {
     struct child *child = &s->workers[index];
@@ -158,6 +176,8 @@ static int prepare_worker(struct supervisor *s, uint32_t index, struct error *er
         status = add_argument(child, error, "--coordinator=%s", s->pool_address);
     if (status == STATUS_OK)
         status = add_argument(child, error, "--listen-link=unix:%s/link-%u", s->directory, index);
+    if (status == STATUS_OK)
+        status = add_device(s, child, index, error);
     if (status == STATUS_OK && !config_is_set(s->config, "threads")) {
         long cores = sysconf(_SC_NPROCESSORS_ONLN);
         long share = cores / (long)s->n_workers;
@@ -354,9 +374,30 @@ static int open_signals(struct supervisor *s, struct error *error)
     return s->signals < 0 ? error_set(error, STATUS_IO, "signalfd: %s", strerror(errno)) : STATUS_OK;
 }
 
+// A worker for every GPU, as many as --workers says at most; without GPUs on the CPU, which is also where a
+// level of its instruction sets leads.
+static int choose_devices(struct supervisor *s, struct error *error)
+{
+    const char *backend = config_string(s->config, "backend"), *list = config_string(s->config, "devices");
+    bool wanted = config_is_set(s->config, "workers"), named = config_is_set(s->config, "devices");
+    bool on_cpu = backend ? strcmp(backend, "cpu") == 0 : config_is_set(s->config, "level") && !named;
+    int status = on_cpu ? STATUS_OK : cli_devices_read(list, s->programs, s->devices, &s->n_devices, error);
+    if (status)
+        return status;
+    s->n_workers = wanted ? (uint32_t)config_int(s->config, "workers") : s->n_devices ? s->n_devices : 1;
+    if (s->n_devices && s->n_workers > s->n_devices) {
+        log_warn("%u workers were asked for, but each has a GPU of its own and there are %u: %u workers",
+                 s->n_workers, s->n_devices, s->n_devices);
+        s->n_workers = s->n_devices;
+    }
+    return STATUS_OK;
+}
+
 static int set_up(struct supervisor *s, struct error *error)
 {
     int status = process_own_directory(s->programs, sizeof(s->programs), error);
+    if (status == STATUS_OK)
+        status = choose_devices(s, error);
     if (status)
         return status;
     strcpy(s->directory, "/tmp/strata-XXXXXX");
@@ -428,7 +469,6 @@ int command_serve(int argc, char **argv)
         goto done;
     log_init("serve", level, config_flag(config, "log-json"));
     s.model = config_positional(config, 0);
-    s.n_workers = (uint32_t)config_int(config, "workers");
     status = set_up(&s, &error);
     if (status == STATUS_OK)
         status = start_all(&s, &error);

@@ -11,10 +11,18 @@ static const struct device_backend *const BACKENDS[] = {
 #endif
 };
 
-static const struct device_backend *find_backend(const char *name)
+const char *device_backend(const char *name)
 {
     if (!name)
-        name = "cpu";
+        return "cpu";
+    if (strcmp(name, "auto") != 0)
+        return name;
+    return device_count("cuda") > 0 ? "cuda" : "cpu";
+}
+
+static const struct device_backend *find_backend(const char *name)
+{
+    name = device_backend(name);
     for (size_t i = 0; i < sizeof(BACKENDS) / sizeof(BACKENDS[0]); i++)
         if (!strcmp(BACKENDS[i]->name, name))
             return BACKENDS[i];
@@ -28,8 +36,8 @@ int device_open(struct device **out, const struct device_options *options, struc
         return backend->open(out, options, error);
     if (!strcmp(options->backend, "cuda"))
         return error_set(error, STATUS_UNSUPPORTED, "this build of Strata has no CUDA backend; use \"cpu\"");
-    return error_set(error, STATUS_UNSUPPORTED, "there is no backend \"%.64s\"; use \"cpu\"",
-                     options->backend);
+    return error_set(error, STATUS_UNSUPPORTED,
+                     "there is no backend \"%.64s\"; use \"cpu\", \"cuda\" or \"auto\"", options->backend);
 }
 
 void device_close(struct device *device)

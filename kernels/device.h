@@ -20,7 +20,7 @@ enum device_level {
 };
 
 struct device_options {
-    const char *backend; // "cpu" or "cuda"; NULL = "cpu"
+    const char *backend; // "cpu", "cuda" or "auto": see device_backend; NULL = "cpu"
     uint32_t index;      // of the GPU
     uint32_t threads;    // compute threads of the CPU backend, the calling one included; 0 = all cores
     uint32_t level;      // at most this level; 0 = the best this machine has
@@ -29,6 +29,10 @@ struct device_options {
 // STATUS_UNSUPPORTED names what the machine or this build lacks.
 int device_open(struct device **out, const struct device_options *options, struct error *error);
 void device_close(struct device *device);
+
+// The backend that a name means: "auto" is cuda where there is a GPU that this build can use, else cpu. Other
+// names are themselves.
+const char *device_backend(const char *name);
 
 uint32_t device_level(const struct device *device);
 const char *device_describe(const struct device *device); // "cpu avx512, 2 threads"

@@ -11,6 +11,7 @@
 #include "common/log.h"
 #include "worker/worker.h"
 #include "worker/worker_bench.h"
+#include "worker/worker_devices.h"
 
 enum {
     EXIT_FAILED = 1,    // something went wrong in the middle
@@ -32,8 +33,8 @@ static const struct option OPTIONS[] = {
     {"advertise-link", 0, OPTION_STRING, "ADDR", NULL,
      "What that worker should dial, when it is not what we listen on: a host, or host:port.", 0, 0},
     {"name", 'n', OPTION_STRING, "NAME", NULL, "Unique name in the pool; host:pid unless given.", 0, 0},
-    {"backend", 0, OPTION_STRING, "NAME", "cpu", "Compute backend.", 0, 0},
-    {"device", 0, OPTION_INT, "N", "0", "Which GPU, for backends that have several.", 0, 63},
+    {"backend", 0, OPTION_STRING, "NAME", "auto", "cpu, cuda, or auto: cuda where there is a GPU.", 0, 0},
+    {"device", 0, OPTION_INT, "N", "0", "Which GPU; see --list-devices.", 0, 63},
     {"threads", 't', OPTION_INT, "N", "0", "Compute threads; 0 takes all cores.", 0, 1024},
     {"level", 0, OPTION_STRING, "NAME", NULL,
      "Highest instruction-set level to use: portable, avx2 or avx512. The best unless given; a pool runs at "
@@ -51,6 +52,8 @@ static const struct option OPTIONS[] = {
     {"tls-key", 0, OPTION_STRING, "FILE", NULL, "Its key.", 0, 0},
     {"log-level", 0, OPTION_STRING, "LEVEL", "info", "debug, info, warn or error.", 0, 0},
     {"log-json", 0, OPTION_FLAG, NULL, NULL, "Log lines as JSON objects.", 0, 0},
+    {"list-devices", 0, OPTION_FLAG, NULL, NULL,
+     "Print this machine's devices, a line each (backend, index, free bytes, description), and end.", 0, 0},
     {"bench", 0, OPTION_FLAG, NULL, NULL,
      "No pool: load the whole model here, time prefill and decode, print a table.", 0, 0},
     {"bench-prompt", 0, OPTION_INT, "N", "512", "Prompt tokens of each sequence; 0 = none.", 0,
@@ -59,7 +62,7 @@ static const struct option OPTIONS[] = {
     {"bench-batch", 0, OPTION_STRING, "LIST", "1,8,32", "Numbers of sequences at once.", 0, 0},
     {"bench-step", 0, OPTION_INT, "N", "512", "Positions of one prefill step.", 1, MAX_STEP_TOKENS},
     {"bench-repeat", 0, OPTION_INT, "N", "3", "Report the best of so many runs.", 1, 1000},
-    {"json", 0, OPTION_FLAG, NULL, NULL, "The table as one JSON object.", 0, 0},
+    {"json", 0, OPTION_FLAG, NULL, NULL, "The table, or the devices, as JSON.", 0, 0},
     {"logits", 0, OPTION_STRING, "IDS", NULL,
      "No pool: compute the logits at every position of these tokens (1,2,3) and write them to --save.", 0, 0},
     {"save", 0, OPTION_STRING, "FILE", NULL,
@@ -143,6 +146,15 @@ static int read_options(const struct config *config, struct worker_options *opti
     return read_level(config, &options->device.level, error);
 }
 
+// Names the backend for good. CUDA may start threads while it looks for GPUs: called when signals are where
+// they belong. A CPU level is asked of the CPU.
+static void choose_backend(struct worker_options *options)
+{
+    bool automatic = strcmp(options->device.backend, "auto") == 0;
+    options->device.backend =
+        automatic && options->device.level ? "cpu" : device_backend(options->device.backend);
+}
+
 static int run_bench(const struct config *config, const struct worker_options *options)
 {
     struct error error = {0};
@@ -206,7 +218,7 @@ static int run_until_signal(struct worker *worker, const sigset_t *ending)
     return running.status ? complain(running.status, &running.error) : EXIT_SUCCESS;
 }
 
-static int join_pool(const struct worker_options *options)
+static int join_pool(struct worker_options *options)
 {
     sigset_t signals;
     sigemptyset(&signals);
@@ -214,6 +226,7 @@ static int join_pool(const struct worker_options *options)
     sigaddset(&signals, SIGINT);
     pthread_sigmask(SIG_BLOCK, &signals, NULL); // before any thread starts
     signal(SIGPIPE, SIG_IGN);
+    choose_backend(options);
     struct worker *worker;
     struct error error = {0};
     int status = worker_new(&worker, options, &error);
@@ -235,11 +248,15 @@ int main(int argc, char **argv)
     if (config_wants_help(config)) {
         config_print_help(OPTIONS, USAGE, ABOUT);
         code = EXIT_SUCCESS;
+    } else if (config_flag(config, "list-devices")) {
+        code = worker_list_devices(config_flag(config, "json")) ? EXIT_FAILED : EXIT_SUCCESS;
     } else if ((status = read_options(config, &options, &error)) != STATUS_OK) {
         code = complain(status, &error);
     } else if (config_flag(config, "bench")) {
+        choose_backend(&options);
         code = run_bench(config, &options);
     } else if (config_is_set(config, "logits")) {
+        choose_backend(&options);
         code = dump_logits(config, &options);
     } else {
         code = join_pool(&options);

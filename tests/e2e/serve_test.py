@@ -106,6 +106,15 @@ def test_why_it_ends():
             assert "SIGTERM" not in serve.process.text(), serve.process.text()
 
 
+def test_devices():
+    with Serve("--devices", "none", "--workers", 2, "--log-level", "warn") as serve:
+        serve.wait_ready()
+        stages = json.loads(serve.status("--json").stdout)["stages"]
+        assert len(stages) == 2 and all(stage["device"].startswith("cpu") for stage in stages), stages
+    done = run("serve", e2e.small_model(), "--devices", "first")
+    assert done.returncode == 1 and "--devices 'first' is neither" in done.stderr, done.stderr
+
+
 def test_no_server_is_said_plainly():
     for command in (["generate", "hi"], ["status"], ["score", "hi"], ["bench"]):
         done = run(*command, "--connect", "unix:/nonexistent/socket")

@@ -44,11 +44,11 @@ END_TEST
 
 START_TEST(test_open_refused)
 {
-    static const struct {
+    const struct {
         struct device_options options;
         int status;
         const char *says;
-    } CASES[] = {{{.backend = "cuda"}, STATUS_UNSUPPORTED, "CUDA"},
+    } CASES[] = {{{.backend = "cuda", .index = 63}, STATUS_UNSUPPORTED, device_count("cuda") ? "GPU 63" : ""},
                  {{.backend = "tpu"}, STATUS_UNSUPPORTED, "\"tpu\""},
                  {{.level = 9}, STATUS_INVALID, "level 9"},
                  {{.threads = 1000}, STATUS_INVALID, "1000"}};
@@ -60,6 +60,9 @@ START_TEST(test_open_refused)
         ck_assert_ptr_null(device);
     }
     ck_assert_uint_eq(device_best_level("tpu", 0), 0);
+    ck_assert_str_eq(device_backend(NULL), "cpu");
+    ck_assert_str_eq(device_backend("tpu"), "tpu");
+    ck_assert_str_eq(device_backend("auto"), device_count("cuda") ? "cuda" : "cpu");
     ck_assert_str_eq(device_level_name(42), "unknown");
 }
 END_TEST
