@@ -13,6 +13,7 @@
 #include "common/log.h"
 #include "common/queue.h"
 #include "worker/executor.h"
+#include "worker/link_nccl.h"
 #include "worker/weight_cache.h"
 #include "worker/weight_file.h"
 
@@ -27,12 +28,19 @@ enum job_kind { JOB_ASSIGN, JOB_CONNECT, JOB_STEP, JOB_TIDY };
 
 struct assignment {
     uint32_t stage, n_stages, first_layer, n_layers, n_slots, n_pages, context, max_positions, level;
+    enum wire_link next_link, previous_link;
+};
+// The ids of a stage's communicators.
+struct link_ids {
+    unsigned char next[LINK_NCCL_ID_BYTES], previous[LINK_NCCL_ID_BYTES];
+    bool has_next, has_previous;
 };
 struct job {
     enum job_kind kind;
     uint64_t epoch;
     struct assignment assignment;     // ASSIGN
     char next_address[ADDRESS_BYTES]; // CONNECT
+    struct link_ids ids;              // CONNECT
     struct step_plan *plan;           // STEP
 };
 
@@ -51,8 +59,9 @@ struct step_service {
     struct step_plan *free_plans[PLANS];
     uint32_t n_free;
     uint64_t epoch, steps_done, compute_us, wait_us, memory_free;
-    char description[160];
-    uint32_t level;
+    char description[160], device_id[64];
+    uint32_t level, nccl;
+    struct link_ids ids; // `next` is there from a LOADED to its CONNECT, and used again if none comes
     // The device's thread.
     struct device *device;
     struct weight_cache *weights;
@@ -140,6 +149,10 @@ static int open_device(struct step_service *service, uint32_t level, struct erro
     pthread_mutex_lock(&service->mutex);
     service->level = device_level(device);
     snprintf(service->description, sizeof(service->description), "%s", device_describe(device));
+    service->nccl = service->options.no_nccl ? 0 : link_nccl_version(device);
+    service->device_id[0] = '\0';
+    if (service->nccl)
+        link_nccl_device_name(device, service->device_id, sizeof(service->device_id));
     pthread_mutex_unlock(&service->mutex);
     return STATUS_OK;
 }
@@ -163,6 +176,10 @@ static void close_links(struct step_service *service)
     struct link *next = service->to_next, *previous = service->from_previous;
     service->to_next = service->from_previous = NULL;
     pthread_mutex_unlock(&service->mutex);
+    if (next)
+        next->ops->abort(next);
+    if (previous)
+        previous->ops->abort(previous);
     if (next)
         next->ops->close(next);
     if (previous)
@@ -197,7 +214,7 @@ static void fail(struct step_service *service, const struct job *job, const stru
                                          .has_step = job->kind == JOB_STEP,
                                          .step = job->kind == JOB_STEP ? job->plan->number : 0,
                                          .peer_lost =
-                                             job->kind == JOB_STEP && error->status == STATUS_UNAVAILABLE};
+                                             job->kind != JOB_ASSIGN && error->status == STATUS_UNAVAILABLE};
     log_warn("epoch %llu failed here: %s", (unsigned long long)job->epoch, error->text);
     say(service, &failed);
 }
@@ -279,6 +296,57 @@ static int load_weights(struct step_service *service, uint64_t other_bytes, stru
     return weight_cache_precache(service->weights, &service->list, &load, totals, error);
 }
 
+// The edges of the stage: the residual, but for the last stage's next one, which carries tokens.
+static struct link_nccl_shape shape_of_link(const struct step_service *service, bool feedback)
+{
+    const struct assignment *a = &service->assignment;
+    return feedback ? link_nccl_feedback(a->n_slots)
+                    : link_nccl_residual(a->max_positions, service->options.spec->width);
+}
+
+static struct link_nccl_shape shape_of_next(const struct step_service *service)
+{
+    return shape_of_link(service, service->assignment.stage + 1 == service->assignment.n_stages);
+}
+
+static struct link_nccl_shape shape_of_previous(const struct step_service *service)
+{
+    return shape_of_link(service, service->assignment.stage == 0);
+}
+
+static uint64_t link_bytes(const struct step_service *service)
+{
+    const struct link_nccl_shape next = shape_of_next(service), previous = shape_of_previous(service);
+    uint64_t bytes = 0;
+    if (service->assignment.next_link == WIRE_LINK_NCCL)
+        bytes += link_nccl_plan_bytes(&next, true);
+    if (service->assignment.previous_link == WIRE_LINK_NCCL)
+        bytes += link_nccl_plan_bytes(&previous, false);
+    return bytes;
+}
+
+// The id for the edge to the next stage. NCCL listens for the two ranks of each id it made until they came,
+// so one that nobody has seen used yet is offered again.
+static int offer_link_id(struct step_service *service, struct wire_worker_message *loaded,
+                         unsigned char id[LINK_NCCL_ID_BYTES], struct error *error)
+{
+    if (service->assignment.next_link != WIRE_LINK_NCCL)
+        return STATUS_OK;
+    pthread_mutex_lock(&service->mutex);
+    bool have = service->ids.has_next;
+    memcpy(id, service->ids.next, LINK_NCCL_ID_BYTES);
+    pthread_mutex_unlock(&service->mutex);
+    int status = have ? STATUS_OK : link_nccl_make_id(id, error);
+    if (status)
+        return status;
+    pthread_mutex_lock(&service->mutex);
+    service->ids.has_next = true;
+    memcpy(service->ids.next, id, LINK_NCCL_ID_BYTES);
+    pthread_mutex_unlock(&service->mutex);
+    loaded->link_id = (struct wire_text){.data = (const char *)id, .length = LINK_NCCL_ID_BYTES};
+    return STATUS_OK;
+}
+
 // Everything up to LOADED.
 static int load(struct step_service *service, const struct job *job, struct weight_totals *totals,
                 uint64_t *kv_bytes, struct error *error)
@@ -297,6 +365,7 @@ static int load(struct step_service *service, const struct job *job, struct weig
     struct executor_options options = executor_options_of(service, job->epoch);
     uint64_t workspace_bytes;
     executor_plan_bytes(&options, kv_bytes, &workspace_bytes);
+    workspace_bytes += link_bytes(service);
     status = load_weights(service, *kv_bytes + workspace_bytes, totals, error);
     if (!status)
         status = executor_new(&service->executor, &options, error);
@@ -316,7 +385,11 @@ static void run_assign(struct step_service *service, const struct job *job)
     int64_t start = clock_now_us();
     service->executor_epoch = job->epoch;
     service->progress_us = 0;
+    unsigned char link_id[LINK_NCCL_ID_BYTES];
+    struct wire_worker_message loaded = {.kind = WIRE_LOADED, .epoch = job->epoch};
     int status = load(service, job, &totals, &kv_bytes, &error);
+    if (!status)
+        status = offer_link_id(service, &loaded, link_id, &error);
     note_memory(service);
     if (status) {
         fail(service, job, &error);
@@ -330,17 +403,40 @@ static void run_assign(struct step_service *service, const struct job *job)
     log_info("stage %u of %u: layers %u to %u, %.1f MB of weights cached (%u loaded, %u kept), %.1f MB of KV",
              a->stage, a->n_stages, a->first_layer, a->first_layer + a->n_layers - 1,
              (double)totals.cached / 1e6, totals.n_loaded, totals.n_kept, (double)kv_bytes / 1e6);
-    struct wire_worker_message loaded = {.kind = WIRE_LOADED,
-                                         .epoch = job->epoch,
-                                         .weight_bytes = totals.cached,
-                                         .kv_bytes = kv_bytes,
-                                         .source_bytes = totals.source_bytes,
-                                         .load_us = (uint64_t)(clock_now_us() - start),
-                                         .n_weights = totals.n_loaded + totals.n_kept};
+    loaded.weight_bytes = totals.cached;
+    loaded.kv_bytes = kv_bytes;
+    loaded.source_bytes = totals.source_bytes;
+    loaded.load_us = (uint64_t)(clock_now_us() - start);
+    loaded.n_weights = totals.n_loaded + totals.n_kept;
     say(service, &loaded);
 }
 
 // --- linking and steps ---
+
+// Where an edge is to be NCCL, the socket link becomes one.
+static int upgrade_links(struct step_service *service, const struct job *job, struct link **next,
+                         struct link **previous, struct error *error)
+{
+    struct link_nccl_end ends[2];
+    uint32_t n = 0;
+    const struct link_ids *ids = &job->ids;
+    bool next_is = service->assignment.next_link == WIRE_LINK_NCCL;
+    bool previous_is = service->assignment.previous_link == WIRE_LINK_NCCL;
+    if ((next_is && !ids->has_next) || (previous_is && !ids->has_previous))
+        return error_set(error, STATUS_CORRUPT, "stage %u has no id for its NCCL link",
+                         service->assignment.stage);
+    if (next_is) {
+        ends[n] = (struct link_nccl_end){.link = next, .shape = shape_of_next(service), .sender = true};
+        memcpy(ends[n++].id, ids->next, LINK_NCCL_ID_BYTES);
+    }
+    if (previous_is) {
+        ends[n] = (struct link_nccl_end){.link = previous, .shape = shape_of_previous(service)};
+        memcpy(ends[n++].id, ids->previous, LINK_NCCL_ID_BYTES);
+    }
+    return n == 0 ? STATUS_OK
+                  : link_nccl_connect(service->device, ends, n, service->options.link_timeout_us,
+                                      &service->cancel, error);
+}
 
 static int link_stage(struct step_service *service, const struct job *job, struct error *error)
 {
@@ -354,8 +450,15 @@ static int link_stage(struct step_service *service, const struct job *job, struc
     int status =
         link_socket_connect(&next, &previous, service->options.listener, job->next_address, job->epoch,
                             a->stage, a->n_stages, service->options.link_timeout_us, &service->cancel, error);
-    if (status)
+    if (!status)
+        status = upgrade_links(service, job, &next, &previous, error);
+    if (status) {
+        if (next)
+            next->ops->close(next);
+        if (previous)
+            previous->ops->close(previous);
         return status;
+    }
     close_links(service);
     pthread_mutex_lock(&service->mutex);
     service->to_next = next;
@@ -521,7 +624,9 @@ int step_service_assign(struct step_service *service, const struct wire_coordina
                                      .n_pages = assign->n_pages,
                                      .context = assign->context,
                                      .max_positions = assign->max_positions,
-                                     .level = assign->level}};
+                                     .level = assign->level,
+                                     .next_link = assign->next_link,
+                                     .previous_link = assign->previous_link}};
     return queue_job(service, &job);
 }
 
@@ -529,6 +634,13 @@ int step_service_connect(struct step_service *service, const struct wire_coordin
 {
     struct job job = {.kind = JOB_CONNECT, .epoch = connect->epoch};
     snprintf(job.next_address, sizeof(job.next_address), "%s", connect->next_address);
+    pthread_mutex_lock(&service->mutex);
+    job.ids = service->ids;
+    service->ids.has_next = false; // the neighbour uses it now
+    pthread_mutex_unlock(&service->mutex);
+    job.ids.has_previous = connect->previous_id.length == LINK_NCCL_ID_BYTES;
+    if (job.ids.has_previous)
+        memcpy(job.ids.previous, connect->previous_id.data, LINK_NCCL_ID_BYTES);
     return queue_job(service, &job);
 }
 
@@ -582,6 +694,7 @@ void step_service_reset(struct step_service *service)
     struct job tidy = {.kind = JOB_TIDY};
     queue_job(service, &tidy);
     pthread_mutex_lock(&service->mutex);
+    service->ids.has_next = false;
     while (service->jobs_done < service->jobs_queued)
         pthread_cond_wait(&service->idle, &service->mutex);
     pthread_mutex_unlock(&service->mutex);
@@ -594,6 +707,9 @@ void step_service_describe(struct step_service *service, struct wire_worker_mess
     hello->device = service->description;
     hello->level = service->level;
     hello->threads = service->options.device.threads;
+    hello->nccl = service->nccl;
+    hello->device_id = service->device_id;
+    hello->oversubscribe = service->options.oversubscribe;
     hello->memory_free = service->memory_free;
     pthread_mutex_unlock(&service->mutex);
 }
