@@ -213,8 +213,7 @@ static void fail(struct step_service *service, const struct job *job, const stru
                                          .text = error->text,
                                          .has_step = job->kind == JOB_STEP,
                                          .step = job->kind == JOB_STEP ? job->plan->number : 0,
-                                         .peer_lost =
-                                             job->kind != JOB_ASSIGN && error->status == STATUS_UNAVAILABLE};
+                                         .peer_lost = error->status == STATUS_UNAVAILABLE};
     log_warn("epoch %llu failed here: %s", (unsigned long long)job->epoch, error->text);
     say(service, &failed);
 }
@@ -261,6 +260,9 @@ static int check_assignment(const struct step_service *service, const struct ass
         return error_set(error, STATUS_CORRUPT, "stage %u of %u was given layers %u to %u of %u", a->stage,
                          a->n_stages, a->first_layer, a->first_layer + a->n_layers - 1,
                          service->options.spec->n_layers);
+    if ((a->next_link == WIRE_LINK_NCCL || a->previous_link == WIRE_LINK_NCCL) && service->nccl == 0)
+        return error_set(error, STATUS_UNSUPPORTED, "stage %u was to be linked over NCCL, which is not here",
+                         a->stage);
     return STATUS_OK;
 }
 
