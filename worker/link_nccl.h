@@ -41,6 +41,7 @@ struct link_nccl_end {
 };
 
 #ifdef STRATA_HAVE_NCCL
+enum { LINK_NCCL_IS_BUILT = 1 };
 
 // The library's version where `device` can be linked with it, else 0. Workers of two versions do not link.
 uint32_t link_nccl_version(const struct device *device);
@@ -57,6 +58,7 @@ int link_nccl_connect(struct device *device, struct link_nccl_end *ends, uint32_
                       const volatile int *cancel, struct error *error);
 
 #else
+enum { LINK_NCCL_IS_BUILT = 0 };
 
 static inline uint32_t link_nccl_version(const struct device *device)
 {
