@@ -13,7 +13,7 @@
 #include "common/log.h"
 #include "common/queue.h"
 #include "worker/executor.h"
-#include "worker/link_nccl.h"
+#include "worker/stage_links.h"
 #include "worker/weight_cache.h"
 #include "worker/weight_file.h"
 
@@ -30,17 +30,12 @@ struct assignment {
     uint32_t stage, n_stages, first_layer, n_layers, n_slots, n_pages, context, max_positions, level;
     enum wire_link next_link, previous_link;
 };
-// The ids of a stage's communicators.
-struct link_ids {
-    unsigned char next[LINK_NCCL_ID_BYTES], previous[LINK_NCCL_ID_BYTES];
-    bool has_next, has_previous;
-};
 struct job {
     enum job_kind kind;
     uint64_t epoch;
     struct assignment assignment;     // ASSIGN
     char next_address[ADDRESS_BYTES]; // CONNECT
-    struct link_ids ids;              // CONNECT
+    struct stage_link_ids ids;        // CONNECT
     struct step_plan *plan;           // STEP
 };
 
@@ -55,13 +50,13 @@ struct step_service {
     uint64_t wanted_epoch; // 0: none
     int cancel;            // 1: what the thread is doing is not wanted (also read without the mutex)
     uint64_t jobs_queued, jobs_done;
-    struct link *to_next, *from_previous;
+    struct stage_links links;
     struct step_plan *free_plans[PLANS];
     uint32_t n_free;
     uint64_t epoch, steps_done, compute_us, wait_us, memory_free;
     char description[160], device_id[64];
     uint32_t level, nccl;
-    struct link_ids ids; // `next` is there from a LOADED to its CONNECT, and used again if none comes
+    struct stage_link_ids ids; // `next` is there from a LOADED to its CONNECT, and used again if none comes
     // The device's thread.
     struct device *device;
     struct weight_cache *weights;
@@ -173,17 +168,10 @@ static int change_level(struct step_service *service, uint32_t level, struct err
 static void close_links(struct step_service *service)
 {
     pthread_mutex_lock(&service->mutex);
-    struct link *next = service->to_next, *previous = service->from_previous;
-    service->to_next = service->from_previous = NULL;
+    struct stage_links links = service->links;
+    service->links = (struct stage_links){0};
     pthread_mutex_unlock(&service->mutex);
-    if (next)
-        next->ops->abort(next);
-    if (previous)
-        previous->ops->abort(previous);
-    if (next)
-        next->ops->close(next);
-    if (previous)
-        previous->ops->close(previous);
+    stage_links_close(&links);
 }
 
 static void end_epoch(struct step_service *service)
@@ -298,33 +286,16 @@ static int load_weights(struct step_service *service, uint64_t other_bytes, stru
     return weight_cache_precache(service->weights, &service->list, &load, totals, error);
 }
 
-// The edges of the stage: the residual, but for the last stage's next one, which carries tokens.
-static struct link_nccl_shape shape_of_link(const struct step_service *service, bool feedback)
+static struct stage_edges edges_of(const struct step_service *service)
 {
     const struct assignment *a = &service->assignment;
-    return feedback ? link_nccl_feedback(a->n_slots)
-                    : link_nccl_residual(a->max_positions, service->options.spec->width);
-}
-
-static struct link_nccl_shape shape_of_next(const struct step_service *service)
-{
-    return shape_of_link(service, service->assignment.stage + 1 == service->assignment.n_stages);
-}
-
-static struct link_nccl_shape shape_of_previous(const struct step_service *service)
-{
-    return shape_of_link(service, service->assignment.stage == 0);
-}
-
-static uint64_t link_bytes(const struct step_service *service)
-{
-    const struct link_nccl_shape next = shape_of_next(service), previous = shape_of_previous(service);
-    uint64_t bytes = 0;
-    if (service->assignment.next_link == WIRE_LINK_NCCL)
-        bytes += link_nccl_plan_bytes(&next, true);
-    if (service->assignment.previous_link == WIRE_LINK_NCCL)
-        bytes += link_nccl_plan_bytes(&previous, false);
-    return bytes;
+    return (struct stage_edges){.stage = a->stage,
+                                .n_stages = a->n_stages,
+                                .n_slots = a->n_slots,
+                                .max_positions = a->max_positions,
+                                .width = service->options.spec->width,
+                                .next = a->next_link,
+                                .previous = a->previous_link};
 }
 
 // The id for the edge to the next stage. NCCL listens for the two ranks of each id it made until they came,
@@ -367,7 +338,8 @@ static int load(struct step_service *service, const struct job *job, struct weig
     struct executor_options options = executor_options_of(service, job->epoch);
     uint64_t workspace_bytes;
     executor_plan_bytes(&options, kv_bytes, &workspace_bytes);
-    workspace_bytes += link_bytes(service);
+    const struct stage_edges edges = edges_of(service);
+    workspace_bytes += stage_links_plan_bytes(&edges);
     status = load_weights(service, *kv_bytes + workspace_bytes, totals, error);
     if (!status)
         status = executor_new(&service->executor, &options, error);
@@ -415,58 +387,28 @@ static void run_assign(struct step_service *service, const struct job *job)
 
 // --- linking and steps ---
 
-// Where an edge is to be NCCL, the socket link becomes one.
-static int upgrade_links(struct step_service *service, const struct job *job, struct link **next,
-                         struct link **previous, struct error *error)
-{
-    struct link_nccl_end ends[2];
-    uint32_t n = 0;
-    const struct link_ids *ids = &job->ids;
-    bool next_is = service->assignment.next_link == WIRE_LINK_NCCL;
-    bool previous_is = service->assignment.previous_link == WIRE_LINK_NCCL;
-    if ((next_is && !ids->has_next) || (previous_is && !ids->has_previous))
-        return error_set(error, STATUS_CORRUPT, "stage %u has no id for its NCCL link",
-                         service->assignment.stage);
-    if (next_is) {
-        ends[n] = (struct link_nccl_end){.link = next, .shape = shape_of_next(service), .sender = true};
-        memcpy(ends[n++].id, ids->next, LINK_NCCL_ID_BYTES);
-    }
-    if (previous_is) {
-        ends[n] = (struct link_nccl_end){.link = previous, .shape = shape_of_previous(service)};
-        memcpy(ends[n++].id, ids->previous, LINK_NCCL_ID_BYTES);
-    }
-    return n == 0 ? STATUS_OK
-                  : link_nccl_connect(service->device, ends, n, service->options.link_timeout_us,
-                                      &service->cancel, error);
-}
-
 static int link_stage(struct step_service *service, const struct job *job, struct error *error)
 {
-    const struct assignment *a = &service->assignment;
-    struct link *next = NULL, *previous = NULL;
     if (!service->executor || service->executor_epoch != job->epoch)
         return error_set(error, STATUS_CORRUPT, "the links of epoch %llu come before its weights",
                          (unsigned long long)job->epoch);
-    if (a->n_stages == 1)
-        return STATUS_OK;
-    int status =
-        link_socket_connect(&next, &previous, service->options.listener, job->next_address, job->epoch,
-                            a->stage, a->n_stages, service->options.link_timeout_us, &service->cancel, error);
-    if (!status)
-        status = upgrade_links(service, job, &next, &previous, error);
-    if (status) {
-        if (next)
-            next->ops->close(next);
-        if (previous)
-            previous->ops->close(previous);
+    const struct stage_links_options options = {.device = service->device,
+                                                .listener = service->options.listener,
+                                                .next_address = job->next_address,
+                                                .epoch = job->epoch,
+                                                .edges = edges_of(service),
+                                                .ids = job->ids,
+                                                .timeout_us = service->options.link_timeout_us,
+                                                .cancel = &service->cancel};
+    struct stage_links links;
+    int status = stage_links_make(&links, &options, error);
+    if (status)
         return status;
-    }
     close_links(service);
     pthread_mutex_lock(&service->mutex);
-    service->to_next = next;
-    service->from_previous = previous;
+    service->links = links;
     pthread_mutex_unlock(&service->mutex);
-    executor_set_links(service->executor, next, previous);
+    executor_set_links(service->executor, links.to_next, links.from_previous);
     return STATUS_OK;
 }
 
@@ -679,10 +621,7 @@ void step_service_abort(struct step_service *service, uint64_t epoch)
     if (meant) {
         service->wanted_epoch = 0;
         __atomic_store_n(&service->cancel, 1, __ATOMIC_RELEASE);
-        if (service->to_next)
-            service->to_next->ops->abort(service->to_next);
-        if (service->from_previous)
-            service->from_previous->ops->abort(service->from_previous);
+        stage_links_abort(&service->links);
     }
     pthread_mutex_unlock(&service->mutex);
     struct job tidy = {.kind = JOB_TIDY};
