@@ -189,13 +189,17 @@ static int check_command(const struct step_plan *plan, uint32_t index, const str
 static int check_source(const struct step_plan *plan, uint32_t index, struct error *error)
 {
     const struct step_row *row = &plan->rows[index];
+    if (row->generated && (row->count != 1 || (index > 0 && !plan->rows[index - 1].generated)))
+        return error_set(error, STATUS_CORRUPT,
+                         "step row %u: a generated row has %u positions, or stands behind one that is not",
+                         index, row->count);
     if (!row->from_sample) {
         if (!range_fits(row->tokens_first, row->count, plan->n_tokens))
             return error_set(error, STATUS_CORRUPT, "step row %u: its tokens lie outside the plan", index);
         return STATUS_OK;
     }
     bool recent = row->source_step < plan->number && plan->number - row->source_step <= MAX_STEP_HISTORY;
-    if (row->count != 1 || row->must_wait || !recent || row->source_row >= MAX_STEP_ROWS ||
+    if (!row->generated || row->must_wait || !recent || row->source_row >= MAX_STEP_ROWS ||
         row->source_draw >= MAX_CHOICES)
         return error_set(error, STATUS_CORRUPT, "step row %u: cannot take its token from step %llu", index,
                          (unsigned long long)row->source_step);
@@ -236,6 +240,23 @@ static int check_ids(const struct step_plan *plan, const struct step_bounds *bou
     return STATUS_OK;
 }
 
+// Both fill tables of one entry a slot on the device.
+static int check_sums(const struct step_plan *plan, const struct step_bounds *bounds, struct error *error)
+{
+    uint32_t generated = 0, draws = 0; // at most MAX_STEP_ROWS * MAX_CHOICES
+    for (uint32_t i = 0; i < plan->n_rows; i++) {
+        generated += plan->rows[i].generated;
+        draws += plan->rows[i].draws;
+    }
+    if (generated > bounds->n_slots || draws > bounds->n_slots)
+        return error_set(error, STATUS_CORRUPT, "step: %u generated rows and %u draws for %u slots",
+                         generated, draws, bounds->n_slots);
+    if (step_plan_positions(plan) > bounds->max_positions)
+        return error_set(error, STATUS_CORRUPT, "step: %u positions, over %u", step_plan_positions(plan),
+                         bounds->max_positions);
+    return STATUS_OK;
+}
+
 int step_plan_validate(const struct step_plan *plan, const struct step_bounds *bounds, struct error *error)
 {
     if (plan->n_commands > MAX_STEP_COMMANDS || plan->n_rows > MAX_STEP_ROWS)
@@ -246,10 +267,7 @@ int step_plan_validate(const struct step_plan *plan, const struct step_bounds *b
         status = check_command(plan, i, bounds, error);
     for (uint32_t i = 0; status == STATUS_OK && i < plan->n_rows; i++)
         status = check_row(plan, i, bounds, error);
-    if (status == STATUS_OK && step_plan_positions(plan) > bounds->max_positions)
-        status = error_set(error, STATUS_CORRUPT, "step: %u positions, over %u", step_plan_positions(plan),
-                           bounds->max_positions);
-    return status;
+    return status ? status : check_sums(plan, bounds, error);
 }
 
 // --- results ---

@@ -45,13 +45,15 @@ struct step_command {
 
 enum step_logits { STEP_LOGITS_NONE = 0, STEP_LOGITS_LAST = 1, STEP_LOGITS_ALL = 2 };
 
-// `count` consecutive positions of one sequence. Decode rows have count 1; prefill chunks more.
+// `count` consecutive positions of one sequence. A row is generated when it computes a token that was drawn,
+// known to the coordinator or not: the class decides how it is computed, so a token's class never changes.
 struct step_row {
     uint32_t slot;
     uint32_t position; // of the first token
     uint32_t count;    // positions computed
-    bool from_sample;  // the one token (count 1) is sample `source_draw` of row `source_row` of step
-                       // `source_step`
+    bool generated;    // computes a token that was generated: count 1, before all rows that are not
+    bool from_sample; // generated, and the one token (count 1) is sample `source_draw` of row `source_row` of
+                      // step `source_step`
     bool
         must_wait; // this sequence's next row may not be planned before this one's result (never from_sample)
     uint32_t tokens_first; // !from_sample: into plan->tokens
@@ -97,7 +99,7 @@ uint32_t step_plan_positions(const struct step_plan *plan); // sum of row counts
 
 // What a pool agreed on at assembly: bounds for validation.
 struct step_bounds {
-    uint32_t n_slots; // slots 0..n_slots-1
+    uint32_t n_slots; // slots 0..n_slots-1; also the most draws of one step, as each draw is for a sequence
     uint32_t n_pages; // pages 0..n_pages-1
     uint32_t context; // positions a sequence may have
     uint32_t vocab_size;

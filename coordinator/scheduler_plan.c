@@ -227,6 +227,7 @@ static enum outcome plan_decode(struct build *b, struct sequence *sequence)
     struct step_row *row = add_row(b, sequence, 1, ahead ? NULL : &sequence->last_token);
     if (!row)
         return OUT_OF_MEMORY;
+    row->generated = true;
     row->from_sample = ahead;
     row->source_step = ahead ? sequence->source_step : 0;
     row->source_row = ahead ? sequence->source_row : 0;
@@ -363,6 +364,42 @@ static void plan_prompts(struct build *b, int64_t now_us)
     }
 }
 
+static void reverse_rows(struct build *b, uint32_t begin, uint32_t end)
+{
+    struct step_row *rows = b->plan->rows;
+    struct flight_row *expected = b->flight->rows;
+    for (; begin + 1 < end; begin++) {
+        end--;
+        struct step_row row = rows[begin];
+        rows[begin] = rows[end];
+        rows[end] = row;
+        struct flight_row expects = expected[begin];
+        expected[begin] = expected[end];
+        expected[end] = expects;
+    }
+}
+
+// Generated rows stand before prompts in a plan. Those that filled up what the prompts left are behind them:
+// [first decodes][prompts][late decodes] is turned around in place, as two reversals of a part and one of the
+// whole do, and the sequences learn where their samples will be.
+static void order_rows(struct build *b)
+{
+    uint32_t prompts = 0, late = b->plan->n_rows;
+    while (prompts < b->plan->n_rows && b->plan->rows[prompts].generated)
+        prompts++;
+    while (late > prompts && b->plan->rows[late - 1].generated)
+        late--;
+    if (late == b->plan->n_rows)
+        return;
+    reverse_rows(b, prompts, late);
+    reverse_rows(b, late, b->plan->n_rows);
+    reverse_rows(b, prompts, b->plan->n_rows);
+    for (uint32_t i = prompts; i < b->plan->n_rows; i++) {
+        if (b->plan->rows[i].draws > 0)
+            b->s->sequences[b->plan->rows[i].slot].source_row = i;
+    }
+}
+
 static void fill_step(struct build *b, int64_t now_us)
 {
     struct scheduler *s = b->s;
@@ -377,6 +414,7 @@ static void fill_step(struct build *b, int64_t now_us)
     plan_decodes(b, rest < b->room ? rest : b->room, false); // the prompts may not have used what was kept
     if (b->plan->n_rows == 0)
         plan_decodes(b, share < b->room ? share : b->room, true);
+    order_rows(b);
 }
 
 // One try. False: nothing can be planned, or the only request that could had to end for want of memory.

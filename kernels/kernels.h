@@ -139,7 +139,8 @@ struct score_row { // a prompt logprob
 // --- the table ---
 
 struct kernel_ops {
-    const char *name; // "portable", "avx2", "avx512", "cuda"
+    const char *name;    // "portable", "avx2", "avx512", "cuda"
+    bool keeps_programs; // `record` keeps something, so that batches are worth bringing to few sizes
 
     // Memory. alloc returns NULL when the device has no more; zeroed, aligned to 64.
     void *(*alloc)(struct device *, size_t bytes);

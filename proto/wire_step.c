@@ -82,6 +82,7 @@ static uint8_t *write_row(uint8_t *at, const struct step_row *r)
     end = wire_write_field(end, 13, r->top_logprobs);
     uint32_t zigzag = (uint32_t)r->next_token << 1 ^ (r->next_token < 0 ? UINT32_MAX : 0);
     end = wire_write_field(end, 14, zigzag);
+    end = wire_write_field(end, 15, r->generated);
     return write_record(at, 4, record, (size_t)(end - record));
 }
 
@@ -320,6 +321,9 @@ static void read_row(struct step_row *r, struct wire_reader *reader)
             break;
         case WIRE_TAG(14, WIRE_VARINT):
             r->next_token = (int32_t)((uint32_t)f.value >> 1 ^ -((uint32_t)f.value & 1));
+            break;
+        case WIRE_TAG(15, WIRE_VARINT):
+            r->generated = f.value != 0;
             break;
         default:
             break;

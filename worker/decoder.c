@@ -213,11 +213,12 @@ uint32_t decoder_vocabulary(const struct decoder *decoder)
 
 // --- the parts ---
 
-// An activation in only the forms that its readers want.
-static struct activation in_forms(const struct activation *whole, unsigned forms)
+// An activation in only the forms that its readers want, its first rows of generated tokens.
+static struct activation in_forms(const struct activation *whole, unsigned forms, uint32_t n_generated)
 {
     struct activation part = *whole;
     part.forms = forms;
+    part.n_generated = n_generated;
     return part;
 }
 
@@ -251,7 +252,7 @@ static void project_qkv(const struct decoder *decoder, struct workspace *ws,
 static void attend(const struct decoder *decoder, struct workspace *ws, const struct layer_weights *layer,
                    const struct kv_layer *kv, const struct batch *batch, struct activation *attended)
 {
-    struct activation x = in_forms(&ws->normed, layer->attn_forms);
+    struct activation x = in_forms(&ws->normed, layer->attn_forms, batch->n_generated);
     normalize(decoder, &x, ws->residual, batch->n_tokens, &layer->attn_norm);
     project_qkv(decoder, ws, layer, &x, batch->n_tokens);
     uint32_t q_width = decoder->shape.n_heads * decoder->shape.head_size;
@@ -280,10 +281,10 @@ static void add_to_residual(const struct decoder *decoder, struct workspace *ws,
 }
 
 static void feed_forward(const struct decoder *decoder, struct workspace *ws,
-                         const struct layer_weights *layer, uint32_t rows)
+                         const struct layer_weights *layer, uint32_t rows, uint32_t n_generated)
 {
     const struct model_spec *spec = &decoder->spec;
-    struct activation x = in_forms(&ws->normed, layer->ffn_forms);
+    struct activation x = in_forms(&ws->normed, layer->ffn_forms, n_generated);
     normalize(decoder, &x, ws->residual, rows, &layer->ffn_norm);
     float *gate = spec->ffn == FFN_PLAIN ? NULL : ws->ffn;
     float *up = gate ? ws->ffn + spec->ffn_width : ws->ffn;
@@ -296,7 +297,7 @@ static void feed_forward(const struct decoder *decoder, struct workspace *ws,
     float *up_out = spec->ffn == FFN_GATED_FUSED ? gate : up;
     parts[n_parts++] = (struct matmul_part){layer->up.weight, layer->up.bias, up_out, ws->ffn_stride, false};
     decoder->ops->matmul(decoder->device, &x, rows, parts, n_parts);
-    struct activation inner = in_forms(&ws->activated, layer->down_forms);
+    struct activation inner = in_forms(&ws->activated, layer->down_forms, n_generated);
     decoder->ops->ffn_activate(decoder->device, &inner, gate, up, ws->ffn_stride, rows);
     add_to_residual(decoder, ws, &layer->down, &inner, rows);
 }
@@ -312,10 +313,10 @@ static void whole_layer(const struct decoder *decoder, struct workspace *ws, con
                         const struct batch *batch, uint32_t index)
 {
     const struct layer_weights *layer = &decoder->layers[index];
-    struct activation attended = in_forms(&ws->attended, layer->output_forms);
+    struct activation attended = in_forms(&ws->attended, layer->output_forms, batch->n_generated);
     attend(decoder, ws, layer, kv_cache_layer(kv, index), batch, &attended);
     add_to_residual(decoder, ws, &layer->output, &attended, batch->n_tokens);
-    feed_forward(decoder, ws, layer, batch->n_tokens);
+    feed_forward(decoder, ws, layer, batch->n_tokens, batch->n_generated);
 }
 
 void decoder_layers(const struct decoder *decoder, struct workspace *ws, const struct kv_cache *kv,
@@ -326,36 +327,36 @@ void decoder_layers(const struct decoder *decoder, struct workspace *ws, const s
 }
 
 // Moves the wanted rows of the residual to its front.
-static void gather(const struct decoder *decoder, struct workspace *ws, const uint32_t *head, uint32_t n_head)
+static void gather(const struct decoder *decoder, struct workspace *ws, const struct head_rows *head)
 {
     size_t width = decoder->spec.width;
-    for (uint32_t i = 0; i < n_head; i++) {
-        if (head[i] != i)
-            decoder->ops->copy(decoder->device, ws->residual + i * width, ws->residual + head[i] * width,
-                               width * sizeof(float));
+    for (uint32_t i = 0; head->tokens && i < head->count; i++) {
+        if (head->tokens[i] != i)
+            decoder->ops->copy(decoder->device, ws->residual + i * width,
+                               ws->residual + head->tokens[i] * width, width * sizeof(float));
     }
 }
 
 void decoder_last_layers(const struct decoder *decoder, struct workspace *ws, const struct kv_cache *kv,
-                         const struct batch *batch, const uint32_t *head, uint32_t n_head)
+                         const struct batch *batch, const struct head_rows *head)
 {
     uint32_t last = decoder->n_layers - 1;
     for (uint32_t i = 0; i < last; i++)
         whole_layer(decoder, ws, kv, batch, i);
     const struct layer_weights *layer = &decoder->layers[last];
-    struct activation attended = in_forms(&ws->attended, layer->output_forms);
+    struct activation attended = in_forms(&ws->attended, layer->output_forms, batch->n_generated);
     attend(decoder, ws, layer, kv_cache_layer(kv, last), batch, &attended);
-    if (n_head == 0)
+    if (head->count == 0)
         return;
     add_to_residual(decoder, ws, &layer->output, &attended, batch->n_tokens);
-    gather(decoder, ws, head, n_head);
-    feed_forward(decoder, ws, layer, n_head);
+    gather(decoder, ws, head);
+    feed_forward(decoder, ws, layer, head->count, head->n_generated);
 }
 
 void decoder_head(const struct decoder *decoder, struct workspace *ws, uint32_t first, uint32_t count)
 {
     size_t width = decoder->spec.width;
-    struct activation x = in_forms(&ws->normed, forms_of(decoder, &decoder->head));
+    struct activation x = in_forms(&ws->normed, forms_of(decoder, &decoder->head), count);
     normalize(decoder, &x, ws->residual + first * width, count, &decoder->head_norm);
     struct matmul_part logits = {decoder->head.weight, NULL, ws->logits, decoder->spec.vocab_size, false};
     decoder->ops->matmul(decoder->device, &x, count, &logits, 1);

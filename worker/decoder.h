@@ -28,11 +28,18 @@ void decoder_embed(const struct decoder *decoder, struct workspace *ws, const st
 // The stage's layers, residual in place.
 void decoder_layers(const struct decoder *decoder, struct workspace *ws, const struct kv_cache *kv,
                     const struct batch *batch);
-// The last stage's layers: afterwards the first n_head rows of the residual are those of the ascending token
-// indices `head` (host memory), the others are lost: what nobody will look at is not computed to the end.
+// The rows of a step that somebody will look at: their tokens' indices in the batch, ascending.
+struct head_rows {
+    const uint32_t *tokens; // host memory; NULL: the first `count` of the batch
+    uint32_t count;
+    uint32_t n_generated; // of them, the first
+};
+// The last stage's layers: afterwards the first rows of the residual are those of `head`, the others are
+// lost: what nobody will look at is not computed to the end.
 void decoder_last_layers(const struct decoder *decoder, struct workspace *ws, const struct kv_cache *kv,
-                         const struct batch *batch, const uint32_t *head, uint32_t n_head);
-// Last stage: logits[i] = head of residual row first + i, i < count <= ws->head_rows.
+                         const struct batch *batch, const struct head_rows *head);
+// Last stage: logits[i] = head of residual row first + i, i < count <= ws->head_rows. Computed as for
+// generated tokens, whatever the rows are of: the head's rows are few.
 void decoder_head(const struct decoder *decoder, struct workspace *ws, uint32_t first, uint32_t count);
 
 #endif

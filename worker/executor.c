@@ -3,10 +3,22 @@
 // next step before the coordinator has seen them. Runs on the thread that owns the device; owns KV pages,
 // workspace, decoder and sampler of its epoch; borrows weights and links.
 //
-// Steady steps allocate nothing. Feedback is read when a row needs it, and at the latest n_stages + 2 steps
-// after it was sent, so that the last stage never waits for room to send.
+// A step is a list of operations queued on the device, in order behind those of the steps before it. So one
+// workspace serves them all: what a step uploads or overwrites is no longer read by the one before. Only what
+// the host reads after a step is over is kept a step at a time: what it asked for, and memory that its
+// results are fetched to, complete when the device reaches the step's mark. Tokens are fed back on the
+// device, from the ring that the sampler writes to.
+//
+// Programs. A step of generated rows alone is the same operations on the same memory every time, but for the
+// number of rows. On a backend that keeps programs its rows are padded to one of a few sizes, and the
+// operations from feed to logits are recorded once a size, then replayed. A padding row computes token 0 at
+// position 0 of a slot of its own, which has a page of its own; nobody looks at it.
+//
+// Steady steps allocate nothing. Feedback is read when a row needs it, and at the latest a few steps after it
+// was sent, so that the last stage never waits for room to send.
 #include "worker/executor.h"
 
+#include <sched.h>
 #include <stdlib.h>
 
 #include "common/clock.h"
@@ -16,6 +28,18 @@
 #include "worker/slot_table.h"
 #include "worker/step_head.h"
 #include "worker/workspace.h"
+
+enum {
+    SPIN_US = 50, // how long a wait for the device is busy, before it sleeps for
+    NAP_US = 20,  // so long at a time
+};
+
+struct unfinished { // a step that was submitted
+    uint64_t mark;  // reached when it is over
+    int64_t begin_us;
+    uint64_t wait_us; // for neighbours
+    bool reports;     // last stage: rows were computed
+};
 
 struct executor {
     struct device *device;
@@ -32,9 +56,12 @@ struct executor {
     struct sample_ring *ring; // first and last stage
     struct slot_state *slots;
     struct link *to_next, *from_previous;
-    uint64_t next_number;
+    uint64_t next_number;                    // to submit
+    uint64_t next_finished;                  // to finish
+    struct unfinished steps[EXECUTOR_DEPTH]; // by number
+    int64_t finished_us;                     // when the last one was
     uint64_t next_feedback; // first step whose draws have not come back (first of several stages)
-    uint64_t wait_us;       // in the step at hand, for neighbours
+    uint64_t wait_us;       // in the submit at hand, for neighbours
     bool failed;
 };
 
@@ -47,13 +74,33 @@ static struct workspace_shape shape_of(const struct executor_options *options)
                                     .last = options->stage + 1 == options->n_stages};
 }
 
-void executor_plan_bytes(const struct executor_options *options, uint64_t *kv_bytes,
-                         uint64_t *workspace_bytes)
+static bool has_ring(const struct executor_options *options)
+{
+    return options->stage == 0 || options->stage + 1 == options->n_stages;
+}
+
+int executor_plan_bytes(const struct executor_options *options, uint64_t *kv_bytes, uint64_t *workspace_bytes,
+                        struct error *error)
 {
     struct workspace_shape shape = shape_of(options);
-    *kv_bytes =
-        kv_cache_plan_bytes(options->device, options->spec, options->n_layers, options->bounds.n_pages);
+    uint32_t n_slots = options->bounds.n_slots;
     *workspace_bytes = workspace_plan_bytes(options->device, &shape);
+    if (has_ring(options))
+        *workspace_bytes += sample_ring_plan_bytes(n_slots);
+    if (shape.last)
+        *workspace_bytes +=
+            device_ops(options->device)->sampler_bytes(options->device, n_slots, options->spec->vocab_size);
+    return kv_cache_plan(options->device, options->spec, options->n_layers, options->bounds.n_pages + 1,
+                         kv_bytes, error);
+}
+
+// The padding's slot comes behind the others, and so does its page.
+static void give_scratch_page(struct executor *executor)
+{
+    const struct workspace *ws = executor->ws;
+    size_t row = (size_t)executor->bounds.n_slots * ws->table_stride;
+    executor->ops->upload(executor->device, ws->page_tables + row, &executor->bounds.n_pages,
+                          sizeof(uint32_t));
 }
 
 static int build_parts(struct executor *executor, const struct executor_options *options, struct error *error)
@@ -64,7 +111,7 @@ static int build_parts(struct executor *executor, const struct executor_options 
                              options->first_layer, options->n_layers, error);
     if (!status)
         status = kv_cache_new(&executor->kv, device, options->spec, options->n_layers,
-                              options->bounds.n_pages, error);
+                              options->bounds.n_pages + 1, error);
     if (!status)
         status = workspace_new(&executor->ws, device, &shape, error);
     if (!status && executor->last)
@@ -72,9 +119,11 @@ static int build_parts(struct executor *executor, const struct executor_options 
                                             options->spec->vocab_size, error);
     if (status)
         return status;
+    give_scratch_page(executor);
     executor->slots = calloc(options->bounds.n_slots, sizeof(*executor->slots));
-    if (!executor->slots || sample_ring_new(&executor->ring) ||
-        (executor->last && step_head_new(&executor->head, device, options->bounds.max_positions)))
+    if (!executor->slots ||
+        (has_ring(options) && sample_ring_new(&executor->ring, device, options->bounds.n_slots)) ||
+        (executor->last && step_head_new(&executor->head, device, executor->ws, &options->bounds)))
         return error_set(error, STATUS_NO_MEMORY, "no memory for the state of %u sequences",
                          options->bounds.n_slots);
     return STATUS_OK;
@@ -107,6 +156,9 @@ void executor_free(struct executor *executor)
 {
     if (!executor)
         return;
+    struct error ignored; // of steps that nobody waits for any more
+    executor->ops->sync(executor->device, &ignored);
+    executor->ops->forget(executor->device);
     if (executor->sampler)
         executor->ops->sampler_free(executor->device, executor->sampler);
     step_head_free(executor->head);
@@ -199,32 +251,45 @@ static int apply_command(struct executor *executor, const struct step_plan *plan
 
 // --- inputs ---
 
-// Waits for the draws of every step before `end`, which the last stage sends in order.
-static int collect_feedback(struct executor *executor, uint64_t end, struct error *error)
+// One step's draws, from the last stage into the ring.
+static int receive_draws(struct executor *executor, uint64_t number, const struct step_draws *draws,
+                         struct error *error)
 {
-    for (; executor->next_feedback < end; executor->next_feedback++) {
-        struct step_draws *draws = sample_ring_step(executor->ring, executor->next_feedback);
-        if (!draws || draws->count == 0)
-            continue;
-        int status =
-            receive(executor, executor->next_feedback, draws->tokens, draws->count * sizeof(int32_t), error);
-        if (status)
-            return status;
-        for (uint32_t i = 0; i < draws->count; i++) {
-            if (draws->tokens[i] < 0 || (uint32_t)draws->tokens[i] >= executor->bounds.vocab_size)
-                return error_set(error, STATUS_CORRUPT, "the last stage drew token %d, of %u",
-                                 draws->tokens[i], executor->bounds.vocab_size);
-        }
+    int32_t *place = sample_ring_tokens(executor->ring) + draws->first, *host = executor->ws->host.draws;
+    size_t bytes = draws->count * sizeof(*host);
+    if (executor->from_previous->on_device)
+        return receive(executor, number, place, bytes, error);
+    int status = receive(executor, number, host, bytes, error);
+    for (uint32_t i = 0; !status && i < draws->count; i++) {
+        if (host[i] < 0 || (uint32_t)host[i] >= executor->bounds.vocab_size)
+            status = error_set(error, STATUS_CORRUPT, "the last stage drew token %d, of %u", host[i],
+                               executor->bounds.vocab_size);
     }
-    return STATUS_OK;
+    if (!status)
+        executor->ops->upload(executor->device, place, host, bytes);
+    return status;
 }
 
+// The draws of every step before `end`, which the last stage sends in order.
+static int collect_feedback(struct executor *executor, uint64_t end, struct error *error)
+{
+    int status = STATUS_OK;
+    for (; !status && executor->next_feedback < end; executor->next_feedback++) {
+        const struct step_draws *draws = sample_ring_step(executor->ring, executor->next_feedback);
+        if (draws && draws->count > 0)
+            status = receive_draws(executor, executor->next_feedback, draws, error);
+    }
+    return status;
+}
+
+// What the rows need, and what is long underway. With n_stages + 1 steps in flight in the pool, the result of
+// the step that is one further back is known: a queued receive of its draws does not hold up the device.
 static int collect_needed_feedback(struct executor *executor, const struct step_plan *plan,
                                    struct error *error)
 {
     if (!executor->first || executor->last)
         return STATUS_OK;
-    uint64_t lag = executor->n_stages + 2;
+    uint64_t lag = executor->n_stages + (executor->from_previous->on_device ? 1 : 2);
     if (lag > MAX_STEP_HISTORY)
         lag = MAX_STEP_HISTORY;
     uint64_t end = plan->number > lag ? plan->number - lag : 0;
@@ -235,104 +300,175 @@ static int collect_needed_feedback(struct executor *executor, const struct step_
     return collect_feedback(executor, end, error);
 }
 
-static int resolve_tokens(struct executor *executor, const struct step_plan *plan, struct error *error)
+// The step at hand.
+struct work {
+    const struct step_plan *plan;
+    struct unfinished *step;
+    const struct step_draws *draws; // first and last stage
+    struct step_inputs inputs;      // [device]
+    struct batch batch;             // padded
+    uint32_t n_tokens;              // of the plan
+    bool program;                   // the batch is one that can be recorded
+    bool feeds;                     // some tokens come from the ring
+    struct head_rows head;          // last stage
+};
+
+// Whether the step is the same every time: generated rows alone, each drawing its next token.
+static bool is_program(const struct executor *executor, const struct step_plan *plan)
 {
-    int32_t *to = executor->ws->host.tokens;
-    for (uint32_t i = 0; i < plan->n_rows; i++) {
+    bool same = executor->ops->keeps_programs && plan->n_rows > 0;
+    for (uint32_t i = 0; same && i < plan->n_rows; i++) {
         const struct step_row *row = &plan->rows[i];
-        int status = STATUS_OK;
-        if (row->from_sample)
-            status = sample_ring_token(executor->ring, row, to, error);
-        for (uint32_t t = 0; !row->from_sample && t < row->count; t++)
-            to[t] = plan->tokens[row->tokens_first + t];
-        if (status)
-            return status;
-        to += row->count;
+        same = row->generated && (!executor->last || (row->draws == 1 && row->logits == STEP_LOGITS_LAST));
     }
-    return STATUS_OK;
+    return same;
+}
+
+// Few sizes, and little padding: every one up to 8, then multiples of 8, then of 32.
+static uint32_t padded_size(const struct executor *executor, uint32_t n)
+{
+    uint32_t unit = n <= 8 ? 1 : n <= 64 ? 8 : 32;
+    uint32_t padded = (n + unit - 1) / unit * unit;
+    const struct step_bounds *bounds = &executor->bounds;
+    uint32_t most = bounds->n_slots < bounds->max_positions ? bounds->n_slots : bounds->max_positions;
+    return padded < most ? padded : most;
+}
+
+static int spell_row(struct executor *executor, const struct step_plan *plan, const struct step_row *row,
+                     const struct step_inputs *inputs, uint32_t first, struct error *error)
+{
+    int status = slot_state_advance(executor->slots, row, error);
+    if (status)
+        return status;
+    for (uint32_t t = 0; t < row->count; t++) {
+        inputs->tokens[first + t] = row->from_sample ? 0 : plan->tokens[row->tokens_first + t];
+        inputs->sources[first + t] = -1;
+        inputs->positions[first + t] = row->position + t;
+        inputs->slots[first + t] = row->slot;
+    }
+    return row->from_sample && executor->first
+               ? sample_ring_source(executor->ring, row, &inputs->sources[first], error)
+               : STATUS_OK;
 }
 
 // Spells the rows out position by position and brings them to the device.
-static int make_batch(struct executor *executor, const struct step_plan *plan, struct batch *batch,
-                      struct error *error)
+static int make_batch(struct executor *executor, struct work *work, struct error *error)
 {
+    const struct step_plan *plan = work->plan;
     struct workspace *ws = executor->ws;
-    uint32_t tokens = 0;
+    uint32_t n_tokens = work->program ? padded_size(executor, work->n_tokens) : work->n_tokens;
+    uint32_t n_spans = work->program ? n_tokens : plan->n_rows, n_generated = 0, first = 0;
+    struct step_inputs host = step_inputs_at(ws->host.inputs, n_tokens, n_spans);
     for (uint32_t i = 0; i < plan->n_rows; i++) {
         const struct step_row *row = &plan->rows[i];
-        int status = slot_state_advance(executor->slots, row, error);
+        int status = spell_row(executor, plan, row, &host, first, error);
         if (status)
             return status;
-        ws->host.spans[i] = (struct batch_span){tokens, row->count, row->slot, row->position};
-        for (uint32_t t = 0; t < row->count; t++) {
-            ws->host.positions[tokens] = row->position + t;
-            ws->host.slots[tokens++] = row->slot;
-        }
+        host.spans[i] = (struct batch_span){first, row->count, row->slot, row->position};
+        n_generated += row->generated;
+        work->feeds |= row->from_sample;
+        first += row->count;
     }
-    *batch = (struct batch){.n_tokens = tokens,
-                            .n_spans = plan->n_rows,
-                            .tokens = ws->tokens,
-                            .positions = ws->positions,
-                            .slots = ws->slots,
-                            .spans = ws->spans,
-                            .page_tables = ws->page_tables,
-                            .table_stride = ws->table_stride};
-    executor->ops->upload(executor->device, ws->positions, ws->host.positions, tokens * sizeof(uint32_t));
-    executor->ops->upload(executor->device, ws->slots, ws->host.slots, tokens * sizeof(uint32_t));
-    executor->ops->upload(executor->device, ws->spans, ws->host.spans, plan->n_rows * sizeof(*ws->spans));
+    for (; first < n_tokens; first++) { // padding
+        host.spans[first] = (struct batch_span){first, 1, executor->bounds.n_slots, 0};
+        host.tokens[first] = 0;
+        host.sources[first] = -1;
+        host.positions[first] = 0;
+        host.slots[first] = executor->bounds.n_slots;
+    }
+    work->inputs = step_inputs_at(ws->inputs, n_tokens, n_spans);
+    executor->ops->upload(executor->device, ws->inputs, ws->host.inputs, host.bytes);
+    work->batch = (struct batch){.n_tokens = n_tokens,
+                                 .n_spans = n_spans,
+                                 .n_generated = work->program ? n_tokens : n_generated,
+                                 .tokens = work->inputs.tokens,
+                                 .positions = work->inputs.positions,
+                                 .slots = work->inputs.slots,
+                                 .spans = work->inputs.spans,
+                                 .page_tables = ws->page_tables,
+                                 .table_stride = ws->table_stride};
     return STATUS_OK;
 }
 
-static int take_residual(struct executor *executor, const struct step_plan *plan, const struct batch *batch,
-                         struct error *error)
+// --- the residual, from stage to stage ---
+
+static int receive_residual(struct executor *executor, const struct work *work, struct error *error)
 {
     struct workspace *ws = executor->ws;
-    size_t bytes = (size_t)batch->n_tokens * executor->width * sizeof(float);
-    int status;
-    if (executor->first) {
-        status = resolve_tokens(executor, plan, error);
-        if (status)
-            return status;
-        executor->ops->upload(executor->device, ws->tokens, ws->host.tokens,
-                              batch->n_tokens * sizeof(int32_t));
-        decoder_embed(executor->decoder, ws, batch);
-        return STATUS_OK;
-    }
-    status = receive(executor, plan->number, ws->host.residual, bytes, error);
+    size_t bytes = (size_t)work->n_tokens * executor->width * sizeof(float);
+    if (executor->from_previous->on_device)
+        return receive(executor, work->plan->number, ws->residual, bytes, error);
+    int status = receive(executor, work->plan->number, ws->host.residual, bytes, error);
     if (!status)
         executor->ops->upload(executor->device, ws->residual, ws->host.residual, bytes);
     return status;
 }
 
-// --- outputs ---
-
-static int pass_on(struct executor *executor, const struct step_plan *plan, const struct batch *batch,
-                   struct error *error)
+static int send_residual(struct executor *executor, const struct work *work, struct error *error)
 {
     struct workspace *ws = executor->ws;
-    size_t bytes = (size_t)batch->n_tokens * executor->width * sizeof(float);
-    decoder_layers(executor->decoder, ws, executor->kv, batch);
+    size_t bytes = (size_t)work->n_tokens * executor->width * sizeof(float);
+    if (executor->to_next->on_device)
+        return send_on(executor, work->plan->number, ws->residual, bytes, error);
     executor->ops->download(executor->device, ws->host.residual, ws->residual, bytes);
     int status = executor->ops->sync(executor->device, error);
-    return status ? status : send_on(executor, plan->number, ws->host.residual, bytes, error);
+    return status ? status : send_on(executor, work->plan->number, ws->host.residual, bytes, error);
 }
 
-static int finish(struct executor *executor, const struct step_plan *plan, const struct batch *batch,
-                  struct step_draws *draws, struct step_result *result, struct error *error)
+// --- what a stage computes ---
+
+// Whether a program goes as far as the logits: they are there a group of rows at a time.
+static bool includes_head(const struct executor *executor, const struct work *work)
 {
-    const uint32_t *wanted;
-    uint32_t n_wanted = step_head_list(executor->head, plan, &wanted);
-    decoder_last_layers(executor->decoder, executor->ws, executor->kv, batch, wanted, n_wanted);
-    int status = step_head_run(executor->head, plan, executor->decoder, executor->ws, executor->sampler,
-                               draws, result, error);
-    if (!status)
-        status = executor->ops->sync(executor->device, error);
-    if (!status && !executor->first && draws->count)
-        status = send_on(executor, plan->number, draws->tokens, draws->count * sizeof(int32_t), error);
-    return status;
+    return executor->last && work->program && work->batch.n_tokens <= executor->ws->head_rows;
 }
 
-// --- the step ---
+static void compute(struct executor *executor, const struct work *work)
+{
+    struct workspace *ws = executor->ws;
+    const struct batch *batch = &work->batch;
+    if (executor->first && (work->feeds || work->program))
+        executor->ops->feed(executor->device, work->inputs.tokens, work->inputs.sources,
+                            sample_ring_tokens(executor->ring), batch->n_tokens);
+    if (executor->first)
+        decoder_embed(executor->decoder, ws, batch);
+    if (executor->last)
+        decoder_last_layers(executor->decoder, ws, executor->kv, batch, &work->head);
+    else
+        decoder_layers(executor->decoder, ws, executor->kv, batch);
+    if (includes_head(executor, work))
+        decoder_head(executor->decoder, ws, 0, batch->n_tokens);
+}
+
+static void compute_or_replay(struct executor *executor, const struct work *work)
+{
+    uint32_t key = work->batch.n_tokens;
+    if (!work->program) {
+        compute(executor, work);
+    } else if (!executor->ops->replay(executor->device, key)) {
+        executor->ops->record(executor->device, key);
+        compute(executor, work);
+        executor->ops->record_end(executor->device);
+    }
+}
+
+// --- waiting for the device ---
+
+static int wait_for(struct executor *executor, uint64_t mark, struct error *error)
+{
+    int64_t begin = clock_now_us();
+    for (;;) {
+        int reached = executor->ops->reached(executor->device, mark, error);
+        if (reached)
+            return reached < 0 ? reached : STATUS_OK;
+        if (clock_now_us() - begin < SPIN_US)
+            sched_yield();
+        else
+            clock_sleep_us(NAP_US);
+    }
+}
+
+// --- submitting ---
 
 static int check_plan(struct executor *executor, const struct step_plan *plan, struct error *error)
 {
@@ -341,50 +477,142 @@ static int check_plan(struct executor *executor, const struct step_plan *plan, s
                          (unsigned long long)executor->epoch);
     if (executor->n_stages > 1 && (!executor->to_next || !executor->from_previous))
         return error_set(error, STATUS_INTERNAL, "a step came before the links of stage %u", executor->stage);
+    if (executor_unfinished(executor) == EXECUTOR_DEPTH)
+        return error_set(error, STATUS_INTERNAL, "step %llu was submitted while %d were unfinished",
+                         (unsigned long long)plan->number, EXECUTOR_DEPTH);
     if (plan->number != executor->next_number)
         return error_set(error, STATUS_CORRUPT, "step %llu came, expected step %llu",
                          (unsigned long long)plan->number, (unsigned long long)executor->next_number);
     return step_plan_validate(plan, &executor->bounds, error);
 }
 
-static int run_rows(struct executor *executor, const struct step_plan *plan, struct step_result *result,
-                    struct error *error)
+// Draws, and what becomes of them. The mark comes before the feedback: the step is over for the coordinator
+// even while the first stage does not read it.
+static int queue_draws(struct executor *executor, struct work *work, struct error *error)
 {
-    struct batch batch;
-    int status = collect_needed_feedback(executor, plan, error);
-    struct step_draws *draws = status ? NULL : sample_ring_begin(executor->ring, plan);
-    if (!status && !draws)
-        status = error_set(error, STATUS_NO_MEMORY, "no memory for the tokens of step %llu",
-                           (unsigned long long)plan->number);
-    if (!status)
-        status = make_batch(executor, plan, &batch, error);
-    if (status || batch.n_tokens == 0)
-        return status;
-    status = take_residual(executor, plan, &batch, error);
+    uint64_t number = work->plan->number;
+    int32_t *drawn = sample_ring_tokens(executor->ring) + work->draws->first;
+    size_t bytes = work->draws->count * sizeof(*drawn);
+    step_head_queue(executor->head, number, executor->decoder, executor->ws, executor->sampler, drawn,
+                    includes_head(executor, work));
+    work->step->reports = true;
+    work->step->mark = executor->ops->mark(executor->device);
+    if (executor->first)
+        return STATUS_OK;
+    if (executor->to_next->on_device)
+        return bytes ? send_on(executor, number, drawn, bytes, error) : STATUS_OK;
+    int status = wait_for(executor, work->step->mark, error); // the next thing may be to wait for a neighbour
+    if (!status && bytes)
+        status = send_on(executor, number, step_head_drawn(executor->head, number), bytes, error);
+    return status;
+}
+
+static int queue_rows(struct executor *executor, struct work *work, struct error *error)
+{
+    int status = make_batch(executor, work, error);
+    if (!status && !executor->first)
+        status = receive_residual(executor, work, error);
     if (status)
         return status;
-    return executor->last ? finish(executor, plan, &batch, draws, result, error)
-                          : pass_on(executor, plan, &batch, error);
+    if (executor->last)
+        work->head = step_head_list(executor->head, work->plan, work->draws);
+    if (work->program)
+        work->head = (struct head_rows){NULL, work->batch.n_tokens, work->batch.n_tokens};
+    compute_or_replay(executor, work);
+    if (executor->last)
+        return queue_draws(executor, work, error);
+    status = send_residual(executor, work, error);
+    work->step->mark = executor->ops->mark(executor->device);
+    return status;
+}
+
+static int queue_step(struct executor *executor, struct work *work, struct error *error)
+{
+    const struct step_plan *plan = work->plan;
+    int status = STATUS_OK;
+    for (uint32_t i = 0; !status && i < plan->n_commands; i++)
+        status = apply_command(executor, plan, &plan->commands[i], error);
+    if (!status)
+        status = collect_needed_feedback(executor, plan, error);
+    if (status)
+        return status;
+    if (executor->ring)
+        work->draws = sample_ring_begin(executor->ring, plan);
+    work->n_tokens = step_plan_positions(plan);
+    work->program = is_program(executor, plan);
+    if (work->n_tokens > 0)
+        return queue_rows(executor, work, error);
+    work->step->mark = executor->ops->mark(executor->device); // it only opens, closes and copies
+    return STATUS_OK;
+}
+
+int executor_submit(struct executor *executor, const struct step_plan *plan, struct error *error)
+{
+    if (plan->epoch != executor->epoch)
+        return EXECUTOR_DROPPED;
+    struct unfinished step = {.begin_us = clock_now_us()};
+    struct work work = {.plan = plan, .step = &step};
+    executor->wait_us = 0;
+    int status = check_plan(executor, plan, error);
+    if (!status)
+        status = queue_step(executor, &work, error);
+    if (status) {
+        executor->failed = true;
+        return status;
+    }
+    step.wait_us = executor->wait_us;
+    executor->steps[executor->next_number++ % EXECUTOR_DEPTH] = step;
+    return STATUS_OK;
+}
+
+// --- finishing ---
+
+uint32_t executor_unfinished(const struct executor *executor)
+{
+    return (uint32_t)(executor->next_number - executor->next_finished);
+}
+
+// From when the device could begin with the step to its end, without waits for neighbours.
+static void take_times(struct executor *executor, const struct unfinished *step, struct step_result *result)
+{
+    int64_t now = clock_now_us();
+    int64_t begin = step->begin_us > executor->finished_us ? step->begin_us : executor->finished_us;
+    uint64_t took = now > begin ? (uint64_t)(now - begin) : 0;
+    result->wait_us = step->wait_us;
+    result->compute_us = took > step->wait_us ? took - step->wait_us : 0;
+    executor->finished_us = now;
+}
+
+int executor_finish(struct executor *executor, struct step_result *result, bool wait, struct error *error)
+{
+    if (executor_unfinished(executor) == 0)
+        return error_set(error, STATUS_INTERNAL, "there is no step to finish");
+    uint64_t number = executor->next_finished;
+    const struct unfinished *step = &executor->steps[number % EXECUTOR_DEPTH];
+    int status = STATUS_OK;
+    if (wait) {
+        status = wait_for(executor, step->mark, error);
+    } else {
+        int reached = executor->ops->reached(executor->device, step->mark, error);
+        if (reached == 0)
+            return EXECUTOR_PENDING;
+        status = reached < 0 ? reached : STATUS_OK;
+    }
+    executor->next_finished++;
+    step_result_clear(result);
+    result->epoch = executor->epoch;
+    result->number = number;
+    if (!status && step->reports && step_head_report(executor->head, number, result))
+        status = error_set(error, STATUS_NO_MEMORY, "no memory for the result of step %llu",
+                           (unsigned long long)number);
+    take_times(executor, step, result);
+    executor->failed |= status != STATUS_OK;
+    return status;
 }
 
 int executor_run(struct executor *executor, const struct step_plan *plan, struct step_result *result,
                  struct error *error)
 {
-    if (plan->epoch != executor->epoch)
-        return EXECUTOR_DROPPED;
-    int64_t begin = clock_now_us();
-    executor->wait_us = 0;
-    step_result_clear(result);
-    result->epoch = plan->epoch;
-    result->number = plan->number;
-    int status = check_plan(executor, plan, error);
-    for (uint32_t i = 0; !status && i < plan->n_commands; i++)
-        status = apply_command(executor, plan, &plan->commands[i], error);
-    if (!status)
-        status = run_rows(executor, plan, result, error);
-    executor->failed |= status != STATUS_OK;
-    executor->next_number++;
-    result->wait_us = executor->wait_us;
-    result->compute_us = (uint64_t)(clock_now_us() - begin) - executor->wait_us;
-    return status;
+    int status = executor_submit(executor, plan, error);
+    return status ? status : executor_finish(executor, result, true, error);
 }

@@ -1,9 +1,12 @@
 // Runs the steps of one epoch on one stage: commands, the batch's inputs, the stage's layers, and on the last
-// stage sampling and scoring. Made for an epoch once its weights are cached, thrown away with it. Everything
-// is called by the thread that owns the device.
+// stage sampling and scoring. A step is submitted, which queues it on the device, and finished when the
+// device got there: meanwhile the next ones may be submitted, so that the device never waits for the host.
+// Made for an epoch once its weights are cached, thrown away with it. Everything is called by the thread that
+// owns the device.
 #ifndef STRATA_EXECUTOR_H
 #define STRATA_EXECUTOR_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "common/model_spec.h"
@@ -26,20 +29,32 @@ struct executor_options {
     struct step_bounds bounds;
 };
 
-// Bytes that executor_new will allocate, known before the weights are loaded.
-void executor_plan_bytes(const struct executor_options *options, uint64_t *kv_bytes,
-                         uint64_t *workspace_bytes);
+// Bytes that executor_new will allocate on the device, known before the weights are loaded.
+// STATUS_UNSUPPORTED when the device cannot run a model of this shape.
+int executor_plan_bytes(const struct executor_options *options, uint64_t *kv_bytes, uint64_t *workspace_bytes,
+                        struct error *error);
 
 int executor_new(struct executor **out, const struct executor_options *options, struct error *error);
 void executor_free(struct executor *executor);
 // With more than one stage, before the first step. The executor borrows the links.
 void executor_set_links(struct executor *executor, struct link *to_next, struct link *from_previous);
 
-enum { EXECUTOR_DROPPED = 1 }; // the plan was of another epoch: nothing was done
+enum {
+    EXECUTOR_DROPPED = 1, // the plan was of another epoch: nothing was done
+    EXECUTOR_PENDING = 2, // the device is not there yet
+    EXECUTOR_DEPTH = 4,   // steps that may be submitted and not yet finished
+};
 
-// One step, from its commands to its results (last stage; elsewhere `result` only gets timings). Plans come
-// in order of number, from 0. After a failure the epoch is over for this executor: every later step fails
-// too.
+// Queues one step, from its commands to its results. Plans come in order of number, from 0; at most
+// EXECUTOR_DEPTH are unfinished. The plan may be reused when the call returns. After a failure the epoch is
+// over for this executor: every later step fails too. A link on the host makes the call wait for its
+// neighbour and for the device.
+int executor_submit(struct executor *executor, const struct step_plan *plan, struct error *error);
+// The result of the oldest unfinished step (last stage; elsewhere `result` only gets timings).
+// EXECUTOR_PENDING while the device has not got there, unless told to wait.
+int executor_finish(struct executor *executor, struct step_result *result, bool wait, struct error *error);
+uint32_t executor_unfinished(const struct executor *executor);
+// Submits a step and waits for it; no other may be unfinished.
 int executor_run(struct executor *executor, const struct step_plan *plan, struct step_result *result,
                  struct error *error);
 

@@ -16,15 +16,24 @@ static size_t page_bytes(const struct device *device, const struct model_spec *s
     return device_ops(device)->kv_page_bytes(device, spec->n_kv_heads, spec->head_size);
 }
 
-uint64_t kv_cache_plan_bytes(const struct device *device, const struct model_spec *spec, uint32_t n_layers,
-                             uint32_t n_pages)
+int kv_cache_plan(const struct device *device, const struct model_spec *spec, uint32_t n_layers,
+                  uint32_t n_pages, uint64_t *bytes, struct error *error)
 {
-    return (uint64_t)page_bytes(device, spec) * n_layers * n_pages;
+    *bytes = (uint64_t)page_bytes(device, spec) * n_layers * n_pages;
+    if (page_bytes(device, spec) == 0)
+        return error_set(error, STATUS_UNSUPPORTED,
+                         "the model's attention heads have size %u, for which %s has no kernels",
+                         spec->head_size, device_describe(device));
+    return STATUS_OK;
 }
 
 int kv_cache_new(struct kv_cache **out, struct device *device, const struct model_spec *spec,
                  uint32_t n_layers, uint32_t n_pages, struct error *error)
 {
+    uint64_t bytes;
+    int status = kv_cache_plan(device, spec, n_layers, n_pages, &bytes, error);
+    if (status)
+        return status;
     struct kv_cache *kv = calloc(1, sizeof(*kv) + n_layers * sizeof(kv->layers[0]));
     if (!kv)
         return error_set(error, STATUS_NO_MEMORY, "no memory for the KV cache of %u layers", n_layers);
@@ -38,7 +47,7 @@ int kv_cache_new(struct kv_cache **out, struct device *device, const struct mode
             kv_cache_free(kv);
             return error_set(error, STATUS_NO_MEMORY,
                              "the device has no room for %u KV pages on %u layers (%.1f MB)", n_pages,
-                             n_layers, (double)kv_cache_plan_bytes(device, spec, n_layers, n_pages) / 1e6);
+                             n_layers, (double)bytes / 1e6);
         }
     }
     *out = kv;

@@ -12,8 +12,9 @@
 
 struct kv_cache;
 
-uint64_t kv_cache_plan_bytes(const struct device *device, const struct model_spec *spec, uint32_t n_layers,
-                             uint32_t n_pages);
+// STATUS_UNSUPPORTED when the device has no kernels for heads of this model's size.
+int kv_cache_plan(const struct device *device, const struct model_spec *spec, uint32_t n_layers,
+                  uint32_t n_pages, uint64_t *bytes, struct error *error);
 int kv_cache_new(struct kv_cache **out, struct device *device, const struct model_spec *spec,
                  uint32_t n_layers, uint32_t n_pages, struct error *error);
 void kv_cache_free(struct kv_cache *kv);

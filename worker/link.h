@@ -21,9 +21,16 @@ int link_listener_open(struct link_listener **out, const char *address, char *bo
                        struct error *error);
 void link_listener_close(struct link_listener *listener);
 
+// There are two kinds of link, and data pointers are what the kind says.
+//   On the host: the pointers are host memory; send may wait until the frame is on its way, receive waits for
+//     it. Between CPU workers, and GPUs without a better way.
+//   On the device: the pointers are device memory. Sends and receives are queued in order with the ops of the
+//     device's stream and never wait on the host; `data` may be used by the ops that are queued next. What
+//     goes wrong later comes out of `check`, or of the device's `sync` and `reached`. Both ends queue the
+//     same messages in the same order. The draws that the last stage sends to the first may lie there for
+//     n_stages + 1 steps before they are received: such a send does not wait for its receiver.
 struct link_ops {
-    // `bytes` of step `number`, between host memory; on_device: between device memory, queued on the
-    // device's stream, so that nobody waits and `data` may be used by the ops that are queued next.
+    // `bytes` for step `number`.
     int (*send)(struct link *link, uint64_t number, const void *data, size_t bytes, struct error *error);
     int (*receive)(struct link *link, uint64_t number, void *data, size_t bytes, struct error *error);
     // While a step is unfinished, every few milliseconds: STATUS_UNAVAILABLE once the neighbour is gone,

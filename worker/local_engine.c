@@ -4,6 +4,7 @@
 
 #include <string.h>
 
+#include "common/clock.h"
 #include "common/sampling.h"
 #include "worker/weight_cache.h"
 #include "worker/weight_file.h"
@@ -17,11 +18,16 @@ static int load(struct local_engine *engine, const struct executor_options *opti
 {
     uint64_t kv, workspace;
     struct weight_totals totals;
-    executor_plan_bytes(options, &kv, &workspace);
+    int status = executor_plan_bytes(options, &kv, &workspace, error);
+    if (status)
+        return status;
     struct weight_load load = {.memory_free = device_memory_free(engine->device),
                                .other_bytes = kv + workspace};
-    int status = weight_cache_precache(engine->weights, &engine->list, &load, &totals, error);
+    int64_t begin = clock_now_us();
+    status = weight_cache_precache(engine->weights, &engine->list, &load, &totals, error);
+    engine->load_us = (uint64_t)(clock_now_us() - begin);
     engine->weight_bytes = status ? 0 : totals.cached;
+    engine->source_bytes = status ? 0 : totals.source_bytes;
     return status;
 }
 
@@ -98,11 +104,29 @@ int local_engine_add_open(struct local_engine *engine, uint32_t slot, struct err
     return STATUS_OK;
 }
 
-int local_engine_run(struct local_engine *engine, struct error *error)
+int local_engine_submit(struct local_engine *engine, struct error *error)
 {
+    int status = STATUS_OK;
+    if (executor_unfinished(engine->executor) >= LOCAL_ENGINE_AHEAD)
+        status = executor_finish(engine->executor, &engine->result, true, error);
     engine->plan.number = engine->steps++;
-    int status = executor_run(engine->executor, &engine->plan, &engine->result, error);
+    if (!status)
+        status = executor_submit(engine->executor, &engine->plan, error);
     step_plan_clear(&engine->plan);
     engine->plan.epoch = 1;
     return status;
+}
+
+int local_engine_wait(struct local_engine *engine, struct error *error)
+{
+    int status = STATUS_OK;
+    while (!status && executor_unfinished(engine->executor) > 0)
+        status = executor_finish(engine->executor, &engine->result, true, error);
+    return status;
+}
+
+int local_engine_run(struct local_engine *engine, struct error *error)
+{
+    int status = local_engine_submit(engine, error);
+    return status ? status : local_engine_wait(engine, error);
 }

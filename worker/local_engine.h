@@ -20,10 +20,11 @@ struct local_engine { // zero-initialize; plain members, read only
     struct weight_list list;
     struct executor *executor;
     struct step_plan plan;     // for the next step; local_engine_run empties it
-    struct step_result result; // of the last step
+    struct step_result result; // of the last step that is finished
     uint64_t steps;
     uint32_t context; // positions of a sequence
     uint64_t weight_bytes;
+    uint64_t source_bytes, load_us; // of the weights' file, and how long loading them took
 };
 
 // Loads the model for `n_slots` sequences of `context` positions, in steps of at most `max_positions`.
@@ -34,5 +35,10 @@ void local_engine_close(struct local_engine *engine);
 // Adds the commands that open slot `slot` with greedy sampling and all the pages of its context.
 int local_engine_add_open(struct local_engine *engine, uint32_t slot, struct error *error);
 int local_engine_run(struct local_engine *engine, struct error *error);
+// The same without waiting, as a server does: up to LOCAL_ENGINE_AHEAD steps are on their way, the oldest is
+// waited for when there would be more. local_engine_wait waits for all of them.
+enum { LOCAL_ENGINE_AHEAD = 3 };
+int local_engine_submit(struct local_engine *engine, struct error *error);
+int local_engine_wait(struct local_engine *engine, struct error *error);
 
 #endif

@@ -2,9 +2,15 @@
 // others touch: which epoch is wanted, the links (so that an abort can wake a sleeping executor), the free
 // plans and the numbers of heartbeats. An epoch that is no longer wanted ends quietly: whoever ended it
 // knows.
+//
+// A step is submitted to the executor as soon as it comes, and finished when the device got there. While
+// steps are unfinished the thread looks now for the one, now for the other: busily for a moment, then with
+// short sleeps. A backend that computes at once (the CPU) never leaves a step unfinished, so nothing of this
+// is seen.
 #include "worker/step_service.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -22,6 +28,9 @@ enum {
     JOBS = PLANS + 32,
     PROGRESS_US = 100000, // between two reports of a load
     ADDRESS_BYTES = 128,
+    SPIN_US = 50,    // how long a look-out for the device and for jobs is busy
+    NAP_US = 30,     // and how often it looks afterwards
+    CHECK_US = 1000, // between two looks at the links
 };
 
 enum job_kind { JOB_ASSIGN, JOB_CONNECT, JOB_STEP, JOB_TIDY };
@@ -65,7 +74,8 @@ struct step_service {
     uint64_t executor_epoch, held_bytes; // KV pages and workspace
     struct assignment assignment;
     struct step_result result;
-    int64_t progress_us;
+    int64_t idle_since_us;         // while steps are unfinished: when something happened last
+    int64_t progress_us, check_us; // last report of a load, last look at the links
     struct step_plan plans[PLANS];
 };
 
@@ -183,12 +193,14 @@ static void end_epoch(struct step_service *service)
     service->held_bytes = 0;
 }
 
-// Reports what went wrong and ends the epoch; silently when the epoch was given up already.
-static void fail(struct step_service *service, const struct job *job, const struct error *error)
+// Reports what went wrong (`step`: in which one, NULL = none) and ends the epoch; silently when the epoch was
+// given up already.
+static void fail(struct step_service *service, uint64_t epoch, const uint64_t *step,
+                 const struct error *error)
 {
     bool wanted;
     pthread_mutex_lock(&service->mutex);
-    wanted = service->wanted_epoch == job->epoch;
+    wanted = service->wanted_epoch == epoch;
     if (wanted)
         service->wanted_epoch = 0;
     pthread_mutex_unlock(&service->mutex);
@@ -196,13 +208,13 @@ static void fail(struct step_service *service, const struct job *job, const stru
     if (!wanted)
         return;
     struct wire_worker_message failed = {.kind = WIRE_FAILED,
-                                         .epoch = job->epoch,
+                                         .epoch = epoch,
                                          .status = error->status,
                                          .text = error->text,
-                                         .has_step = job->kind == JOB_STEP,
-                                         .step = job->kind == JOB_STEP ? job->plan->number : 0,
+                                         .has_step = step != NULL,
+                                         .step = step ? *step : 0,
                                          .peer_lost = error->status == STATUS_UNAVAILABLE};
-    log_warn("epoch %llu failed here: %s", (unsigned long long)job->epoch, error->text);
+    log_warn("epoch %llu failed here: %s", (unsigned long long)epoch, error->text);
     say(service, &failed);
 }
 
@@ -237,8 +249,8 @@ static int check_assignment(const struct step_service *service, const struct ass
                             struct error *error)
 {
     if (a->n_stages == 0 || a->n_stages > MAX_STAGES || a->stage >= a->n_stages || a->n_slots == 0 ||
-        a->n_slots > MAX_SLOTS || a->n_pages == 0 || a->context == 0 || a->context > MAX_CONTEXT ||
-        a->max_positions == 0 || a->max_positions > MAX_STEP_TOKENS)
+        a->n_slots > MAX_SLOTS || a->n_pages == 0 || a->n_pages == UINT32_MAX || a->context == 0 ||
+        a->context > MAX_CONTEXT || a->max_positions == 0 || a->max_positions > MAX_STEP_TOKENS)
         return error_set(
             error, STATUS_CORRUPT,
             "the assignment makes no sense: stage %u of %u, %u slots, %u pages, context %u, steps of %u",
@@ -337,10 +349,11 @@ static int load(struct step_service *service, const struct job *job, struct weig
     service->assignment = *a;
     struct executor_options options = executor_options_of(service, job->epoch);
     uint64_t workspace_bytes;
-    executor_plan_bytes(&options, kv_bytes, &workspace_bytes);
+    status = executor_plan_bytes(&options, kv_bytes, &workspace_bytes, error);
     const struct stage_edges edges = edges_of(service);
     workspace_bytes += stage_links_plan_bytes(&edges);
-    status = load_weights(service, *kv_bytes + workspace_bytes, totals, error);
+    if (!status)
+        status = load_weights(service, *kv_bytes + workspace_bytes, totals, error);
     if (!status)
         status = executor_new(&service->executor, &options, error);
     if (!status)
@@ -366,7 +379,7 @@ static void run_assign(struct step_service *service, const struct job *job)
         status = offer_link_id(service, &loaded, link_id, &error);
     note_memory(service);
     if (status) {
-        fail(service, job, &error);
+        fail(service, job->epoch, NULL, &error);
         return;
     }
     pthread_mutex_lock(&service->mutex);
@@ -416,7 +429,7 @@ static void run_connect(struct step_service *service, const struct job *job)
 {
     struct error error = {0};
     if (link_stage(service, job, &error)) {
-        fail(service, job, &error);
+        fail(service, job->epoch, NULL, &error);
         return;
     }
     // An abort that came just before the links were known has not touched them.
@@ -428,20 +441,13 @@ static void run_connect(struct step_service *service, const struct job *job)
     say(service, &linked);
 }
 
-static void run_step(struct step_service *service, const struct job *job)
+static uint32_t unfinished(const struct step_service *service)
 {
-    struct error error = {0};
-    int status;
-    if (service->executor)
-        status = executor_run(service->executor, job->plan, &service->result, &error);
-    else
-        status = error_set(&error, STATUS_CORRUPT, "a step came before its stage was loaded");
-    if (status == EXECUTOR_DROPPED)
-        return;
-    if (status) {
-        fail(service, job, &error);
-        return;
-    }
+    return service->executor ? executor_unfinished(service->executor) : 0;
+}
+
+static void report_step(struct step_service *service)
+{
     pthread_mutex_lock(&service->mutex);
     service->steps_done++;
     service->compute_us += service->result.compute_us;
@@ -450,12 +456,82 @@ static void run_step(struct step_service *service, const struct job *job)
     if (service->assignment.stage + 1 < service->assignment.n_stages)
         return;
     struct wire_worker_message result = {
-        .kind = WIRE_RESULT, .epoch = job->epoch, .result = &service->result};
+        .kind = WIRE_RESULT, .epoch = service->executor_epoch, .result = &service->result};
     say(service, &result);
+}
+
+// A device waits for ever for a neighbour that is gone.
+static int check_links(struct step_service *service, struct error *error)
+{
+    int64_t now = clock_now_us();
+    if (now - service->check_us < CHECK_US)
+        return STATUS_OK;
+    service->check_us = now;
+    return stage_links_check(&service->links, error); // only this thread makes and closes them
+}
+
+// Reports the steps that the device is done with. An epoch that is over ends with its unfinished steps, and
+// one in which a step fails. True when anything happened.
+static bool finish_steps(struct step_service *service)
+{
+    bool any = false;
+    while (unfinished(service) > 0) {
+        struct error error = {0};
+        if (!is_wanted(service, service->executor_epoch)) {
+            end_epoch(service);
+            return true;
+        }
+        int status = executor_finish(service->executor, &service->result, false, &error);
+        if (status == EXECUTOR_PENDING && check_links(service, &error)) {
+            fail(service, service->executor_epoch, NULL, &error);
+            return true;
+        }
+        if (status == EXECUTOR_PENDING)
+            return any;
+        any = true;
+        if (status)
+            fail(service, service->executor_epoch, &service->result.number, &error);
+        else
+            report_step(service);
+    }
+    return any;
+}
+
+// While the device computes and nothing comes.
+static void rest(struct step_service *service)
+{
+    if (clock_now_us() - service->idle_since_us < SPIN_US)
+        sched_yield();
+    else
+        clock_sleep_us(NAP_US);
+}
+
+static void finish_all_steps(struct step_service *service)
+{
+    service->idle_since_us = clock_now_us();
+    while (finish_steps(service), unfinished(service) > 0)
+        rest(service);
+}
+
+static void run_step(struct step_service *service, const struct job *job)
+{
+    struct error error = {0};
+    uint64_t number = job->plan->number;
+    int status;
+    if (service->executor)
+        status = executor_submit(service->executor, job->plan, &error);
+    else
+        status = error_set(&error, STATUS_CORRUPT, "a step came before its stage was loaded");
+    if (status == STATUS_OK || status == EXECUTOR_DROPPED)
+        return;
+    finish_all_steps(service); // those before it are none the worse
+    fail(service, job->epoch, &number, &error);
 }
 
 static void run_job(struct step_service *service, const struct job *job)
 {
+    if (job->kind != JOB_STEP)
+        finish_all_steps(service);
     if (job->kind == JOB_TIDY || !is_wanted(service, job->epoch)) {
         if (service->executor && !is_wanted(service, service->executor_epoch))
             end_epoch(service);
@@ -472,11 +548,27 @@ static void run_job(struct step_service *service, const struct job *job)
         step_service_return(service, job->plan);
 }
 
+// The next job, while unfinished steps are looked after. False: there will be none.
+static bool next_job(struct step_service *service, struct job *job)
+{
+    service->idle_since_us = clock_now_us();
+    for (;;) {
+        if (finish_steps(service))
+            service->idle_since_us = clock_now_us();
+        uint32_t count = unfinished(service);
+        if (count == 0)
+            return queue_pop(service->jobs, job, -1) == STATUS_OK;
+        if (count < EXECUTOR_DEPTH && queue_count(service->jobs) > 0)
+            return queue_pop(service->jobs, job, 0) == STATUS_OK;
+        rest(service);
+    }
+}
+
 static void *run_jobs(void *argument)
 {
     struct step_service *service = argument;
     struct job job;
-    while (queue_pop(service->jobs, &job, -1) == STATUS_OK) {
+    while (next_job(service, &job)) {
         run_job(service, &job);
         pthread_mutex_lock(&service->mutex);
         service->jobs_done++;

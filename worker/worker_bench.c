@@ -1,6 +1,6 @@
 // Timing of prefill and decode without network and scheduler: synthetic plans through the executor, as a
-// worker would run them. The best of a few runs is reported, because everything that disturbs a run makes it
-// slower. One thread.
+// worker would run them, each submitted while the ones before it are computed. The best of a few runs is
+// reported, because everything that disturbs a run makes it slower. One thread.
 #include "worker/worker_bench.h"
 
 #include <stdio.h>
@@ -69,13 +69,14 @@ static int prefill(struct local_engine *engine, const struct worker_bench_option
                 return error_set(error, STATUS_NO_MEMORY, "no memory for a step plan");
             done += count;
             room -= count;
-            int status = room == 0 ? local_engine_run(engine, error) : STATUS_OK;
+            int status = room == 0 ? local_engine_submit(engine, error) : STATUS_OK;
             if (status)
                 return status;
             room = room ? room : options->step;
         }
     }
-    return room < options->step ? local_engine_run(engine, error) : STATUS_OK;
+    int status = room < options->step ? local_engine_submit(engine, error) : STATUS_OK;
+    return status ? status : local_engine_wait(engine, error);
 }
 
 static int decode(struct local_engine *engine, const struct worker_bench_options *options, uint32_t batch,
@@ -88,15 +89,16 @@ static int decode(struct local_engine *engine, const struct worker_bench_options
             if (!add_prompt_row(engine, slot, options->n_prompt + i, 1, true))
                 return error_set(error, STATUS_NO_MEMORY, "no memory for a step plan");
             struct step_row *row = &engine->plan.rows[engine->plan.n_rows - 1];
+            row->generated = true;
             row->from_sample = drawn;
             row->source_step = drawn ? engine->steps - 1 : 0;
             row->source_row = slot;
         }
-        int status = local_engine_run(engine, error);
+        int status = local_engine_submit(engine, error);
         if (status)
             return status;
     }
-    return STATUS_OK;
+    return local_engine_wait(engine, error);
 }
 
 static int run_once(struct local_engine *engine, const struct worker_bench_options *options, uint32_t batch,
@@ -128,17 +130,23 @@ static int run_once(struct local_engine *engine, const struct worker_bench_optio
 static void print_head(const struct local_engine *engine, const struct worker_bench_options *options)
 {
     const char *name = engine->spec.name[0] ? engine->spec.name : engine->spec.architecture;
-    double megabytes = (double)engine->weight_bytes / 1e6;
+    double megabytes = (double)engine->weight_bytes / 1e6, seconds = (double)engine->load_us / 1e6;
+    double rate = seconds > 0 ? (double)engine->source_bytes / 1e9 / seconds : 0;
     if (options->json) {
         printf("{\"model\": \"");
         for (const char *c = name; *c; c++) // a model's name is any text
             printf(*c == '"' || *c == '\\' || (unsigned char)*c < 32 ? "?" : "%c", *c);
-        printf("\", \"device\": \"%s\", \"weight_bytes\": %llu, \"results\": [",
-               device_describe(engine->device), (unsigned long long)engine->weight_bytes);
+        printf(
+            "\", \"device\": \"%s\", \"weight_bytes\": %llu, \"source_bytes\": %llu, \"load_seconds\": %.4f, "
+            "\"load_gigabytes_per_second\": %.3f, \"results\": [",
+            device_describe(engine->device), (unsigned long long)engine->weight_bytes,
+            (unsigned long long)engine->source_bytes, seconds, rate);
         return;
     }
     printf("%s, %.1f MB of weights, %s; %u prompt tokens and %u new ones a sequence\n", name, megabytes,
            device_describe(engine->device), options->n_prompt, options->n_new);
+    printf("weights cached in %.2f s: %.1f MB of the file, %.2f GB/s\n", seconds,
+           (double)engine->source_bytes / 1e6, rate);
     printf("%6s %16s %16s %14s\n", "batch", "prefill tok/s", "decode tok/s", "ms per step");
 }
 
@@ -185,8 +193,9 @@ int worker_bench_run(const struct worker_bench_options *options, struct error *e
     for (uint32_t i = 0; i < options->n_batches; i++)
         most = options->batches[i] > most ? options->batches[i] : most;
     uint32_t positions = options->step > most ? options->step : most;
-    int status = local_engine_open(&engine, options->model, &options->device, most,
-                                   options->n_prompt + options->n_new, positions, error);
+    uint32_t context = options->n_prompt + options->n_new;
+    int status = local_engine_open(&engine, options->model, &options->device, most, context ? context : 1,
+                                   positions, error);
     if (!status)
         print_head(&engine, options);
     for (uint32_t i = 0; !status && i < options->n_batches; i++)

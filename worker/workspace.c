@@ -46,14 +46,11 @@ static void lay_out_outputs(struct layout *layout, struct workspace *ws, const s
 {
     uint64_t rows = shape->last ? ws->head_rows : 0;
     want(layout, &ws->logits, rows, shape->spec->vocab_size * sizeof(float), true);
-    for (int host = 0; host < 2; host++) {
-        want(layout, host ? (void *)&ws->host.drawn : &ws->drawn, rows * MAX_CHOICES, sizeof(int32_t), !host);
-        want(layout, host ? (void *)&ws->host.drawn_logprobs : &ws->drawn_logprobs, rows * MAX_CHOICES,
-             sizeof(float), !host);
-        want(layout, host ? (void *)&ws->host.scores : &ws->scores, rows, sizeof(float), !host);
-        want(layout, host ? (void *)&ws->host.tops : &ws->tops, 2 * rows * MAX_TOP_LOGPROBS,
-             sizeof(struct token_logprob), !host);
-    }
+    // Logprobs of the draws; a score of every position; alternatives of both.
+    uint64_t floats = shape->bounds.n_slots + ws->max_positions;
+    uint64_t tops = (uint64_t)(ws->max_positions + ws->max_rows) * MAX_TOP_LOGPROBS;
+    ws->output_bytes = floats * sizeof(float) + tops * sizeof(struct token_logprob) + OUTPUT_ALIGNMENT;
+    want(layout, &ws->outputs, shape->last, ws->output_bytes, true);
 }
 
 static void lay_out(struct layout *layout, struct workspace *ws, struct device *device,
@@ -67,16 +64,15 @@ static void lay_out(struct layout *layout, struct workspace *ws, struct device *
     ws->table_stride = (shape->bounds.context + KV_PAGE_POSITIONS - 1) / KV_PAGE_POSITIONS;
     ws->qkv_stride = (spec->n_heads + 2 * spec->n_kv_heads) * spec->head_size;
     ws->ffn_stride = spec->ffn == FFN_PLAIN ? spec->ffn_width : 2 * spec->ffn_width;
+    bool alone = shape->first && shape->last;
     for (int host = 0; host < 2; host++) {
-        want(layout, host ? &ws->host.tokens : &ws->tokens, positions, sizeof(int32_t), !host);
-        want(layout, host ? &ws->host.positions : &ws->positions, positions, sizeof(uint32_t), !host);
-        want(layout, host ? &ws->host.slots : &ws->slots, positions, sizeof(uint32_t), !host);
-        want(layout, host ? &ws->host.spans : &ws->spans, ws->max_rows, sizeof(struct batch_span), !host);
-        bool needed = !host || !shape->first || !shape->last;
-        want(layout, host ? &ws->host.residual : &ws->residual, needed ? positions : 0,
+        want(layout, host ? &ws->host.inputs : &ws->inputs, 1,
+             step_inputs_at(NULL, ws->max_positions, ws->max_rows).bytes, !host);
+        want(layout, host ? &ws->host.residual : &ws->residual, host && alone ? 0 : positions,
              spec->width * sizeof(float), !host);
     }
-    want(layout, &ws->page_tables, (uint64_t)shape->bounds.n_slots * ws->table_stride, sizeof(uint32_t),
+    want(layout, &ws->host.draws, alone ? 0 : shape->bounds.n_slots, sizeof(int32_t), false);
+    want(layout, &ws->page_tables, ((uint64_t)shape->bounds.n_slots + 1) * ws->table_stride, sizeof(uint32_t),
          true);
     want(layout, &ws->qkv, positions, ws->qkv_stride * sizeof(float), true);
     want(layout, &ws->ffn, positions, ws->ffn_stride * sizeof(float), true);
@@ -87,6 +83,19 @@ static void lay_out(struct layout *layout, struct workspace *ws, struct device *
     lay_out_outputs(layout, ws, shape);
     for (uint32_t i = 0; i < layout->count; i++)
         ws->bytes += layout->buffers[i].bytes;
+}
+
+struct step_inputs step_inputs_at(void *block, uint32_t n_tokens, uint32_t n_spans)
+{
+    size_t stride = ((size_t)n_tokens + 3) / 4 * 4 * sizeof(uint32_t); // arrays begin at multiples of 16
+    size_t at = n_spans * sizeof(struct batch_span);
+    uintptr_t base = (uintptr_t)block;
+    return (struct step_inputs){.spans = (struct batch_span *)base,
+                                .tokens = (int32_t *)(base + at),
+                                .sources = (int32_t *)(base + at + stride),
+                                .positions = (uint32_t *)(base + at + 2 * stride),
+                                .slots = (uint32_t *)(base + at + 3 * stride),
+                                .bytes = at + 4 * stride};
 }
 
 uint64_t workspace_plan_bytes(struct device *device, const struct workspace_shape *shape)
@@ -132,16 +141,13 @@ void workspace_free(struct workspace *ws)
 {
     if (!ws)
         return;
-    void *on_device[] = {ws->tokens,      ws->positions,      ws->slots,         ws->spans,
-                         ws->page_tables, ws->residual,       ws->qkv,           ws->ffn,
-                         ws->logits,      ws->normed.data,    ws->attended.data, ws->activated.data,
-                         ws->drawn,       ws->drawn_logprobs, ws->scores,        ws->tops};
+    void *on_device[] = {
+        ws->inputs,      ws->page_tables,   ws->residual,       ws->qkv,    ws->ffn, ws->logits,
+        ws->normed.data, ws->attended.data, ws->activated.data, ws->outputs};
     for (size_t i = 0; i < sizeof(on_device) / sizeof(on_device[0]); i++)
         free_device(ws, on_device[i]);
-    void *on_host[] = {ws->host.tokens,         ws->host.positions, ws->host.slots,
-                       ws->host.spans,          ws->host.residual,  ws->host.drawn,
-                       ws->host.drawn_logprobs, ws->host.scores,    ws->host.tops};
-    for (size_t i = 0; i < sizeof(on_host) / sizeof(on_host[0]); i++)
-        free(on_host[i]);
+    free(ws->host.inputs);
+    free(ws->host.residual);
+    free(ws->host.draws);
     free(ws);
 }

@@ -12,7 +12,10 @@
 #include "kernels/kernels.h"
 #include "worker/weight_file.h"
 
-enum { HEAD_ROWS = 64 }; // rows of logits in memory at once
+enum {
+    HEAD_ROWS = 64,        // rows of logits in memory at once
+    OUTPUT_ALIGNMENT = 16, // of the alternatives among a step's outputs
+};
 
 struct workspace_shape {
     const struct model_spec *spec;
@@ -28,33 +31,34 @@ struct workspace {
     uint32_t qkv_stride, ffn_stride;
     uint64_t bytes; // all of it
     // [device] inputs of a step
-    int32_t *tokens;          // [max_positions]
-    uint32_t *positions;      // [max_positions]
-    uint32_t *slots;          // [max_positions]
-    struct batch_span *spans; // [max_rows]
-    uint32_t *page_tables;    // [n_slots][table_stride]
+    void *inputs;          // step_inputs_at the size of the batch; uploaded in one go
+    uint32_t *page_tables; // [n_slots + 1][table_stride]
     // [device] activations
     float *residual; // [max_positions][width]
     float *qkv;      // [max_positions][qkv_stride]: q, k, v side by side
     float *ffn;      // [max_positions][ffn_stride]: gate, up side by side
     float *logits;   // [head_rows][vocab]; last stage
     struct activation normed, attended, activated;
-    // [device] outputs of a group of head rows; last stage
-    int32_t *drawn;             // [head_rows * MAX_CHOICES]
-    float *drawn_logprobs;      // beside it
-    float *scores;              // [head_rows]
-    struct token_logprob *tops; // [2 * head_rows * MAX_TOP_LOGPROBS]: of samples, then of scores
+    // [device] logprobs, scores and alternatives of a step, as step_head lays them out; last stage
+    void *outputs;
+    uint64_t output_bytes;
     // host: what is uploaded, downloaded, sent
     struct {
-        int32_t *tokens;
-        uint32_t *positions, *slots;
-        struct batch_span *spans;
+        void *inputs;
         float *residual; // more than one stage
-        int32_t *drawn;
-        float *drawn_logprobs, *scores;
-        struct token_logprob *tops;
+        int32_t *draws;  // [n_slots]; more than one stage
     } host;
 };
+
+// A step's inputs lie in one block, laid out for the size of its batch.
+struct step_inputs {
+    struct batch_span *spans;
+    int32_t *tokens;
+    int32_t *sources; // where tokens come from: places in the sample ring, -1 = they are there
+    uint32_t *positions, *slots;
+    size_t bytes; // of all
+};
+struct step_inputs step_inputs_at(void *block, uint32_t n_tokens, uint32_t n_spans);
 
 uint64_t workspace_plan_bytes(struct device *device, const struct workspace_shape *shape);
 int workspace_new(struct workspace **out, struct device *device, const struct workspace_shape *shape,

@@ -3,6 +3,7 @@
 
 const struct kernel_ops cuda_ops = {
     .name = "cuda",
+    .keeps_programs = true,
     .alloc = cuda_alloc,
     .free = cuda_free,
     .upload = cuda_upload,

@@ -28,6 +28,7 @@ struct engine_stage {
     struct executor *executor;
     struct link *to_next, *from_previous;
     const struct step_plan *running; // for the tap
+    uint64_t finished;
     int status;
     struct error error;
 };
@@ -69,7 +70,8 @@ static int open_stage(struct engine_stage *stage)
 {
     struct engine *engine = stage->engine;
     const struct engine_options *with = &engine->options;
-    struct device_options device = {.threads = with->threads, .level = with->level};
+    struct device_options device = {
+        .backend = getenv("STRATA_TEST_BACKEND"), .threads = with->threads, .level = with->level};
     struct weight_load load = {.memory_free = (uint64_t)1 << 40};
     struct weight_totals totals;
     int status = device_open(&stage->device, &device, &stage->error);
@@ -123,16 +125,11 @@ static void close_stage(struct engine_stage *stage)
         device_close(stage->device);
 }
 
-static void run_stage(struct engine_stage *stage, uint32_t at)
+// A step of the stage is over, well or not.
+static void count_step(struct engine_stage *stage, uint32_t at, int status)
 {
     struct engine *engine = stage->engine;
     bool last = stage->index + 1 == engine->n_stages;
-    struct step_result scratch;
-    step_result_init(&scratch);
-    stage->running = &engine->ring[at].plan;
-    int status = executor_run(stage->executor, &engine->ring[at].plan,
-                              last ? &engine->ring[at].result : &scratch, &stage->error);
-    step_result_free(&scratch);
     pthread_mutex_lock(&engine->mutex);
     engine->ring[at].users--;
     engine->finished += last && !status;
@@ -150,6 +147,27 @@ static void run_stage(struct engine_stage *stage, uint32_t at)
     pthread_mutex_unlock(&engine->mutex);
 }
 
+static void submit_step(struct engine_stage *stage, uint32_t at)
+{
+    stage->running = &stage->engine->ring[at].plan;
+    int status = executor_submit(stage->executor, stage->running, &stage->error);
+    if (status)
+        count_step(stage, at, status);
+}
+
+static void finish_step(struct engine_stage *stage)
+{
+    struct engine *engine = stage->engine;
+    uint32_t at = stage->finished++ % ENGINE_WINDOW;
+    struct step_result scratch, *result = &scratch;
+    step_result_init(&scratch);
+    if (stage->index + 1 == engine->n_stages)
+        result = &engine->ring[at].result;
+    int status = executor_finish(stage->executor, result, true, &stage->error);
+    step_result_free(&scratch);
+    count_step(stage, at, status);
+}
+
 static void *stage_main(void *argument)
 {
     struct engine_stage *stage = argument;
@@ -164,9 +182,16 @@ static void *stage_main(void *argument)
         pthread_cond_wait(&engine->changed, &engine->mutex);
     pthread_mutex_unlock(&engine->mutex);
     uint32_t at;
-    while (queue_pop(stage->plans, &at, -1) == 0)
-        run_stage(stage, at);
-    return NULL;
+    for (;;) { // as many steps on their way as there are
+        uint32_t unfinished = status ? 0 : executor_unfinished(stage->executor);
+        bool full = unfinished == EXECUTOR_DEPTH;
+        if (unfinished > 0 && (full || queue_count(stage->plans) == 0))
+            finish_step(stage);
+        else if (queue_pop(stage->plans, &at, -1) == 0)
+            submit_step(stage, at);
+        else
+            return NULL;
+    }
 }
 
 // --- opening and closing ---
@@ -376,6 +401,7 @@ static void add_row(struct game *game, struct step_plan *plan, uint32_t i)
     row->slot = i;
     row->position = player->done;
     row->count = count;
+    row->generated = !prefill;
     if (prefill) {
         row->tokens_first = (uint32_t)step_plan_add_tokens(plan, job->prompt + player->done, count);
     } else if (job->ahead) {
@@ -417,24 +443,34 @@ static void take_result(struct game *game, const struct step_plan *plan, const s
     }
 }
 
-static bool plan_step(struct game *game, uint64_t turn, struct step_plan *plan)
+// Generated rows stand first in a plan: one pass for them, then one for prompts.
+static void add_rows(struct game *game, uint64_t turn, struct step_plan *plan, bool generated)
 {
-    bool all_over = true;
     for (uint32_t i = 0; i < game->n_jobs; i++) {
-        struct player *player = &game->players[i];
-        if (over(game, i)) {
-            if (player->open && !player->closed)
-                step_plan_add_command(plan, STEP_CLOSE, i);
-            player->closed = true;
-            continue;
-        }
-        all_over = false;
-        if (turn < game->jobs[i].delay)
+        const struct player *player = &game->players[i];
+        bool decodes = player->done >= game->jobs[i].n_prompt;
+        if (player->closed || over(game, i) || decodes != generated || turn < game->jobs[i].delay)
             continue;
         if (!player->open)
             open_job(game, plan, i);
         add_row(game, plan, i);
     }
+}
+
+static bool plan_step(struct game *game, uint64_t turn, struct step_plan *plan)
+{
+    bool all_over = true;
+    for (uint32_t i = 0; i < game->n_jobs; i++) {
+        struct player *player = &game->players[i];
+        all_over &= over(game, i);
+        if (!over(game, i) || player->closed)
+            continue;
+        if (player->open)
+            step_plan_add_command(plan, STEP_CLOSE, i);
+        player->closed = true;
+    }
+    add_rows(game, turn, plan, true);
+    add_rows(game, turn, plan, false);
     return !all_over;
 }
 

@@ -4,20 +4,22 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "kernels/device_internal.h"
 #include "tests/ops/engine_driver.h"
 #include "tests/suite.h"
 #include "worker/executor.h"
 #include "worker/local_engine.h"
 
-enum { VOCAB = 300, SLOTS = 4, CONTEXT = 256, POSITIONS = 200, C = 256, LAYERS = 2 };
+enum { VOCAB = 300, SLOTS = 12, CONTEXT = 256, POSITIONS = 200, C = 256, LAYERS = 2 };
 
 static char model[1024];
 static struct local_engine engine;
 static struct error error;
-static const struct device_options DEVICE = {.threads = 1};
+static struct device_options DEVICE = {.threads = 1};
 
 static void open_engine(int vocabulary)
 {
+    DEVICE.backend = getenv("STRATA_TEST_BACKEND");
     const int32_t token = 1;
     char options[128];
     double *logits;
@@ -108,7 +110,7 @@ START_TEST(test_a_sequence_is_opened_computed_and_closed)
     ck_assert(drawn >= 0 && drawn < VOCAB);
     ck_assert_uint_gt(engine.result.compute_us, 0);
     struct step_row *row = drawing(add_row(1, 10, 1), 1);
-    row->from_sample = true;
+    row->generated = row->from_sample = true;
     row->source_step = 0;
     row->source_row = 0;
     run();
@@ -189,7 +191,7 @@ static void break_rule(int rule)
         break;
     case 9: // step_plan_validate is asked
         add_open(SLOTS);
-        refuse(STATUS_CORRUPT, "slot 4, of 4");
+        refuse(STATUS_CORRUPT, "slot 12, of 12");
         break;
     }
 }
@@ -210,7 +212,7 @@ static void break_source(int kind)
     add_row(1, 0, 5);
     run();
     struct step_row *row = add_row(0, 5, 1);
-    row->from_sample = true;
+    row->generated = row->from_sample = true;
     row->source_row = kind == 0 ? 1 : kind == 1 ? 2 : 0; // drew nothing; does not exist
     row->source_draw = kind == 2 ? 2 : 0;                // one too many
     refuse(STATUS_CORRUPT, "which drew no such token");
@@ -231,11 +233,11 @@ START_TEST(test_a_step_of_long_ago_is_still_known)
     for (int i = 0; i < MAX_STEP_HISTORY - 1; i++)
         run();
     struct step_row *row = drawing(add_row(0, 5, 1), 1);
-    row->from_sample = true;
+    row->generated = row->from_sample = true;
     run();
     ck_assert_uint_eq(engine.result.number, MAX_STEP_HISTORY);
     row = add_row(0, 6, 1);
-    row->from_sample = true; // of step 0: one too far back now
+    row->generated = row->from_sample = true; // of step 0: one too far back now
     refuse(STATUS_CORRUPT, "cannot take its token from step 0");
 }
 END_TEST
@@ -408,6 +410,186 @@ START_TEST(test_replaced_pages_are_read)
 }
 END_TEST
 
+// --- steps that run ahead ---
+
+// The device's operations, changed by a test for executors made after it.
+static struct kernel_ops ops;
+static const struct kernel_ops *true_ops;
+static uint64_t marks, reached; // taken, reached
+static uint32_t recorded[64], n_recorded;
+
+static uint64_t take_mark(struct device *device)
+{
+    return ++marks;
+}
+
+static int ask_mark(struct device *device, uint64_t mark, struct error *to)
+{
+    return mark > reached ? 0 : true_ops->sync(device, to) ? STATUS_INTERNAL : 1;
+}
+
+static bool note_replay(struct device *device, uint32_t key)
+{
+    recorded[n_recorded++] = key;
+    return true_ops->replay(device, key);
+}
+
+static void change_ops(void)
+{
+    true_ops = device_ops(engine.device);
+    ops = *true_ops;
+    engine.device->ops = &ops;
+    marks = reached = n_recorded = 0;
+}
+
+static void renew_executor(void)
+{
+    struct executor_options options = {.device = engine.device,
+                                       .spec = &engine.spec,
+                                       .list = &engine.list,
+                                       .weights = engine.weights,
+                                       .epoch = 1,
+                                       .n_stages = 1,
+                                       .n_layers = LAYERS,
+                                       .bounds = {SLOTS, SLOTS * 4, CONTEXT, VOCAB, POSITIONS}};
+    executor_free(engine.executor);
+    ck_assert_msg(executor_new(&engine.executor, &options, &error) == 0, "%s", error.text);
+    engine.steps = 0;
+}
+
+static int submit(void)
+{
+    engine.plan.number = engine.steps++;
+    int status = executor_submit(engine.executor, &engine.plan, &error);
+    step_plan_clear(&engine.plan);
+    engine.plan.epoch = 1;
+    return status;
+}
+
+static int finish(void)
+{
+    return executor_finish(engine.executor, &engine.result, false, &error);
+}
+
+START_TEST(test_steps_are_finished_when_the_device_gets_there)
+{
+    change_ops();
+    ops.mark = take_mark;
+    ops.reached = ask_mark;
+    renew_executor();
+    ck_assert_int_eq(finish(), STATUS_INTERNAL); // there is none
+    int32_t expected[EXECUTOR_DEPTH];
+    for (uint32_t step = 0; step < EXECUTOR_DEPTH; step++) {
+        add_open(step);
+        add_pages(step, 0, step, 1);
+        struct step_row *row = drawing(add_row(step, 0, 4 + step), 1);
+        row->logprobs = true;
+        row->top_logprobs = 2;
+        ck_assert_int_eq(submit(), 0);
+        ck_assert_uint_eq(executor_unfinished(engine.executor), step + 1);
+        ck_assert_int_eq(finish(), EXECUTOR_PENDING);
+    }
+    for (uint32_t step = 0; step < EXECUTOR_DEPTH; step++) {
+        reached++;
+        ck_assert_int_eq(finish(), 0);
+        ck_assert_uint_eq(engine.result.number, step);
+        ck_assert_uint_eq(engine.result.n_samples, 1);
+        ck_assert_uint_eq(engine.result.n_tops, 2); // its own, not those of a later step
+        ck_assert_int_eq(engine.result.tops[0].token, engine.result.samples[0].token);
+        expected[step] = engine.result.samples[0].token;
+        ck_assert_int_eq(finish(), step + 1 < EXECUTOR_DEPTH ? EXECUTOR_PENDING : STATUS_INTERNAL);
+    }
+    reached = UINT64_MAX;
+    renew_executor();
+    for (uint32_t step = 0; step < EXECUTOR_DEPTH; step++) {
+        add_open(step);
+        add_pages(step, 0, step, 1);
+        drawing(add_row(step, 0, 4 + step), 1);
+        run();
+        ck_assert_int_eq(engine.result.samples[0].token, expected[step]);
+    }
+}
+END_TEST
+
+START_TEST(test_too_many_steps_are_refused)
+{
+    change_ops();
+    ops.mark = take_mark;
+    ops.reached = ask_mark;
+    renew_executor();
+    for (uint32_t step = 0; step < EXECUTOR_DEPTH; step++)
+        ck_assert_int_eq(submit(), 0);
+    ck_assert_int_eq(submit(), STATUS_INTERNAL);
+    reached = 1; // the others are none the worse
+    ck_assert_int_eq(finish(), 0);
+    ck_assert_int_eq(finish(), EXECUTOR_PENDING);
+    ck_assert_int_eq(submit(), STATUS_UNAVAILABLE);
+}
+END_TEST
+
+// A hash of all logits, in order.
+static void hash_row(void *context, uint32_t row, uint32_t position, const float *logits, uint32_t vocab)
+{
+    uint64_t *hash = context;
+    for (uint32_t i = 0; i < vocab; i++) {
+        uint32_t bits;
+        memcpy(&bits, &logits[i], sizeof(bits));
+        *hash = (*hash ^ bits) * 0x100000001b3;
+    }
+}
+
+enum { GENERATING = 9 };
+
+static uint64_t generate(void)
+{
+    uint64_t hash = 7;
+    executor_set_tap(engine.executor, hash_row, &hash);
+    for (uint32_t slot = 0; slot < GENERATING; slot++) {
+        add_open(slot);
+        add_pages(slot, 0, slot, 1);
+        drawing(add_row(slot, 0, 3 + slot), 1);
+    }
+    run();
+    for (uint32_t step = 1; step < 8; step++) {
+        for (uint32_t slot = 0; slot < GENERATING; slot++) {
+            struct step_row *row = drawing(add_row(slot, 2 + slot + step, 1), 1);
+            row->generated = true;
+            row->from_sample = slot % 3 > 0;
+            row->source_step = step - 1;
+            row->source_row = slot;
+        }
+        if (step == 5) { // and a prompt behind them
+            add_open(GENERATING);
+            add_pages(GENERATING, 0, GENERATING, 1);
+            drawing(add_row(GENERATING, 0, 20), 1);
+        }
+        if (step == 7)
+            engine.plan.rows[2].draws = 0; // not what a program does
+        ck_assert_int_eq(local_engine_submit(&engine, &error), 0);
+    }
+    ck_assert_int_eq(local_engine_wait(&engine, &error), 0);
+    for (uint32_t i = 0; i < engine.result.n_samples; i++)
+        hash = (hash ^ (uint32_t)engine.result.samples[i].token) * 0x100000001b3;
+    return hash;
+}
+
+START_TEST(test_padding_changes_nothing)
+{
+    change_ops();
+    ops.replay = note_replay;
+    ops.keeps_programs = false;
+    renew_executor();
+    uint64_t expected = generate();
+    ck_assert_uint_eq(n_recorded, 0);
+    ops.keeps_programs = true;
+    renew_executor();
+    ck_assert_uint_eq(generate(), expected);
+    ck_assert_uint_eq(n_recorded, 5);
+    for (uint32_t i = 0; i < n_recorded; i++)
+        ck_assert_uint_eq(recorded[i], SLOTS); // sixteen are more than there can be
+}
+END_TEST
+
 // --- several stages ---
 
 // A link that hands out what the test put in and keeps what is sent.
@@ -441,6 +623,12 @@ static int fake_receive(struct link *base, uint64_t number, void *data, size_t b
 
 static const struct link_ops FAKE_OPS = {.send = fake_send, .receive = fake_receive};
 
+// Both kinds of link: what is on the CPU device's memory is on the host's.
+static bool is_played(int on_device)
+{
+    return !on_device || !DEVICE.backend || strcmp(DEVICE.backend, "cpu") == 0;
+}
+
 static struct executor *new_stage(uint32_t stage)
 {
     struct weight_list list;
@@ -472,8 +660,10 @@ static int run_stage(struct executor *executor, uint64_t number)
 
 START_TEST(test_the_first_stage_sends_residuals_and_reads_draws)
 {
+    if (!is_played(_i))
+        return;
     struct executor *executor = new_stage(0);
-    struct fake_link next = {.base = {&FAKE_OPS}}, previous = {.base = {&FAKE_OPS}};
+    struct fake_link next = {.base = {&FAKE_OPS, _i}}, previous = {.base = {&FAKE_OPS, _i}};
     executor_set_links(executor, &next.base, &previous.base);
     add_open(0);
     add_pages(0, 0, 0, 1);
@@ -484,7 +674,7 @@ START_TEST(test_the_first_stage_sends_residuals_and_reads_draws)
     int32_t tokens[2] = {11, 12};
     previous.incoming = tokens;
     struct step_row *row = add_row(0, 6, 1);
-    row->from_sample = true;
+    row->generated = row->from_sample = true;
     row->source_draw = 1;
     ck_assert_int_eq(run_stage(executor, 1), 0);
     ck_assert_uint_eq(previous.number, 0);
@@ -496,20 +686,20 @@ END_TEST
 
 START_TEST(test_draws_nobody_names_are_read_all_the_same)
 {
+    if (!is_played(_i))
+        return;
     struct executor *executor = new_stage(0);
-    struct fake_link next = {.base = {&FAKE_OPS}}, previous = {.base = {&FAKE_OPS}, .number = 99};
+    struct fake_link next = {.base = {&FAKE_OPS, _i}}, previous = {.base = {&FAKE_OPS, _i}, .number = 99};
     executor_set_links(executor, &next.base, &previous.base);
     int32_t tokens[1] = {5};
     previous.incoming = tokens;
     add_open(0);
     add_pages(0, 0, 0, 1);
+    uint32_t lag = 2 + (_i ? 1 : 2); // stages, and
     for (uint32_t step = 0; step < 20; step++) {
         drawing(add_row(0, step, 1), 1);
         ck_assert_int_eq(run_stage(executor, step), 0);
-        if (step <= 4)
-            ck_assert_uint_eq(previous.number, 99);
-        else
-            ck_assert_uint_eq(previous.number, step - 5); // stages + 2 behind
+        ck_assert_uint_eq(previous.number, step <= lag ? 99 : step - lag - 1);
     }
     executor_free(executor);
 }
@@ -526,7 +716,8 @@ START_TEST(test_a_drawn_token_beyond_the_vocabulary_is_refused)
     add_pages(0, 0, 0, 1);
     drawing(add_row(0, 0, 6), 1);
     ck_assert_int_eq(run_stage(executor, 0), 0);
-    add_row(0, 6, 1)->from_sample = true;
+    struct step_row *row = add_row(0, 6, 1);
+    row->generated = row->from_sample = true;
     ck_assert_int_eq(run_stage(executor, 1), STATUS_CORRUPT);
     executor_free(executor);
 }
@@ -534,8 +725,10 @@ END_TEST
 
 START_TEST(test_the_last_stage_receives_samples_and_feeds_back)
 {
+    if (!is_played(_i))
+        return;
     struct executor *executor = new_stage(1);
-    struct fake_link next = {.base = {&FAKE_OPS}}, previous = {.base = {&FAKE_OPS}};
+    struct fake_link next = {.base = {&FAKE_OPS, _i}}, previous = {.base = {&FAKE_OPS, _i}};
     executor_set_links(executor, &next.base, &previous.base);
     float residual[6 * C];
     for (int i = 0; i < 6 * C; i++)
@@ -615,10 +808,13 @@ Suite *make_suite(void)
     tcase_add_test(tests, test_alternatives_end_with_the_vocabulary);
     tcase_add_test(tests, test_copied_pages_carry_a_sequence_on);
     tcase_add_test(tests, test_replaced_pages_are_read);
-    tcase_add_test(tests, test_the_first_stage_sends_residuals_and_reads_draws);
-    tcase_add_test(tests, test_draws_nobody_names_are_read_all_the_same);
+    tcase_add_test(tests, test_steps_are_finished_when_the_device_gets_there);
+    tcase_add_test(tests, test_too_many_steps_are_refused);
+    tcase_add_test(tests, test_padding_changes_nothing);
+    tcase_add_loop_test(tests, test_the_first_stage_sends_residuals_and_reads_draws, 0, 2);
+    tcase_add_loop_test(tests, test_draws_nobody_names_are_read_all_the_same, 0, 2);
     tcase_add_test(tests, test_a_drawn_token_beyond_the_vocabulary_is_refused);
-    tcase_add_test(tests, test_the_last_stage_receives_samples_and_feeds_back);
+    tcase_add_loop_test(tests, test_the_last_stage_receives_samples_and_feeds_back, 0, 2);
     tcase_add_test(tests, test_steps_before_links_are_refused);
     tcase_add_test(tests, test_weights_come_before_an_executor);
     suite_add_tcase(suite, tests);

@@ -437,6 +437,42 @@ START_TEST(decodes_leave_room_for_prompts)
 }
 END_TEST
 
+// Decodes that take what a prompt left of its share still stand before it, and their samples are named
+// rightly.
+START_TEST(generated_rows_come_first)
+{
+    struct scheduler_options options = OPTIONS;
+    options.n_slots = 6;
+    options.max_waiting = 6;
+    options.step_budget = 5;
+    start_with(&options, 1, 30);
+    for (uint64_t id = 1; id <= 4; id++) {
+        submit(request_of(id, 1, 100));
+        ck_assert(plan_next());
+        answer(1);
+    }
+    submit(request_of(5, 1, 100));
+    ck_assert(plan_next());
+    ck_assert_uint_eq(plan.n_rows, 5); // three decodes, two positions kept for prompts: one of them not used
+    uint32_t slots[5];
+    for (uint32_t r = 0; r < 5; r++) {
+        ck_assert_int_eq(plan.rows[r].generated, r < 4);
+        slots[r] = plan.rows[r].slot;
+    }
+    uint64_t number = plan.number;
+    ck_assert(plan_next());
+    ck_assert_uint_eq(plan.n_rows, 5);
+    for (uint32_t r = 0; r < 5; r++) {
+        ck_assert(plan.rows[r].generated && plan.rows[r].from_sample);
+        ck_assert_uint_eq(plan.rows[r].source_step, number);
+        ck_assert_uint_eq(slots[plan.rows[r].source_row], plan.rows[r].slot);
+    }
+    answer(1);
+    answer(7);
+    finish();
+}
+END_TEST
+
 START_TEST(prompt_scores_come_in_order)
 {
     start(1, 10);
@@ -802,6 +838,7 @@ Suite *make_suite(void)
     tcase_add_test(cases, an_open_says_what_sampling_needs);
     tcase_add_test(cases, prompts_are_read_in_chunks_beside_decodes);
     tcase_add_test(cases, decodes_leave_room_for_prompts);
+    tcase_add_test(cases, generated_rows_come_first);
     tcase_add_test(cases, prompt_scores_come_in_order);
     tcase_add_test(cases, choices_fork_after_their_first_tokens);
     tcase_add_test(cases, choices_end_one_by_one);

@@ -37,6 +37,16 @@ static void make_plan(void)
     struct step_command *copy = step_plan_add_command(&plan, STEP_COPY, 0);
     copy->copy_from = 9;
     copy->copy_to = 2;
+    struct step_row *decode = step_plan_add_row(&plan);
+    decode->slot = 2;
+    decode->position = 199;
+    decode->count = 1;
+    decode->generated = decode->from_sample = true;
+    decode->source_step = 6;
+    decode->source_row = 1023;
+    decode->source_draw = 63;
+    decode->draws = 1;
+    decode->logits = STEP_LOGITS_LAST;
     struct step_row *chunk = step_plan_add_row(&plan);
     chunk->slot = 1;
     chunk->count = 4;
@@ -45,16 +55,6 @@ static void make_plan(void)
     chunk->logits = STEP_LOGITS_ALL;
     chunk->next_token = 49;
     chunk->top_logprobs = 20;
-    struct step_row *decode = step_plan_add_row(&plan);
-    decode->slot = 2;
-    decode->position = 199;
-    decode->count = 1;
-    decode->from_sample = true;
-    decode->source_step = 6;
-    decode->source_row = 1023;
-    decode->source_draw = 63;
-    decode->draws = 1;
-    decode->logits = STEP_LOGITS_LAST;
 }
 
 static void refuse(const char *what)
@@ -118,26 +118,31 @@ END_TEST
 
 START_TEST(bad_rows_are_refused)
 {
-    REFUSE(plan.rows[0].slot = 4);
-    REFUSE(plan.rows[0].count = 0);
-    REFUSE(plan.rows[0].count = 7); // more than the plan has tokens
-    REFUSE(plan.rows[0].tokens_first = 3);
-    REFUSE(plan.rows[0].tokens_first = UINT32_MAX);
-    REFUSE(plan.rows[0].position = 197);
-    REFUSE(plan.rows[0].position = UINT32_MAX);
-    REFUSE(plan.rows[0].draws = MAX_CHOICES + 1);
-    REFUSE(plan.rows[0].top_logprobs = MAX_TOP_LOGPROBS + 1);
-    REFUSE(plan.rows[0].logits = STEP_LOGITS_NONE);
-    REFUSE(plan.rows[0].logits = 3);
-    REFUSE(plan.rows[0].next_token = 50);
-    REFUSE(plan.rows[0].next_token = -2);
-    REFUSE(plan.rows[1].count = 2);
-    REFUSE(plan.rows[1].must_wait = true);
-    REFUSE(plan.rows[1].source_step = 70);
-    REFUSE(plan.rows[1].source_step = 71);
-    REFUSE(plan.rows[1].source_step = 5); // too long ago
-    REFUSE(plan.rows[1].source_row = MAX_STEP_ROWS);
-    REFUSE(plan.rows[1].source_draw = MAX_CHOICES);
+    REFUSE(plan.rows[1].slot = 4);
+    REFUSE(plan.rows[1].count = 0);
+    REFUSE(plan.rows[1].count = 7); // more than the plan has tokens
+    REFUSE(plan.rows[1].tokens_first = 3);
+    REFUSE(plan.rows[1].tokens_first = UINT32_MAX);
+    REFUSE(plan.rows[1].position = 197);
+    REFUSE(plan.rows[1].position = UINT32_MAX);
+    REFUSE(plan.rows[1].draws = MAX_CHOICES + 1);
+    REFUSE(plan.rows[1].top_logprobs = MAX_TOP_LOGPROBS + 1);
+    REFUSE(plan.rows[1].logits = STEP_LOGITS_NONE);
+    REFUSE(plan.rows[1].logits = 3);
+    REFUSE(plan.rows[1].next_token = 50);
+    REFUSE(plan.rows[1].next_token = -2);
+    REFUSE(plan.rows[0].count = 2);
+    REFUSE(plan.rows[0].must_wait = true);
+    REFUSE(plan.rows[0].source_step = 70);
+    REFUSE(plan.rows[0].source_step = 71);
+    REFUSE(plan.rows[0].source_step = 5); // too long ago
+    REFUSE(plan.rows[0].source_row = MAX_STEP_ROWS);
+    REFUSE(plan.rows[0].source_draw = MAX_CHOICES);
+    REFUSE(plan.rows[0].generated = false);                           // a drawn token is
+    REFUSE(plan.rows[1].generated = true);                            // of four positions
+    REFUSE(plan.rows[0].generated = plan.rows[0].from_sample = false; // behind one that is not
+           plan.rows[1].generated = true; plan.rows[1].count = 1);
+    REFUSE(plan.rows[1].draws = 4); // and one of the other row, for four slots
 }
 END_TEST
 

@@ -84,6 +84,7 @@ static void random_plan(struct step_plan *plan, uint32_t rows, uint32_t commands
                                .position = any_u32(),
                                .count = any_u32(),
                                .from_sample = next(2),
+                               .generated = next(2),
                                .must_wait = next(2),
                                .tokens_first = any_u32(),
                                .source_step = any_u64(),
@@ -139,6 +140,7 @@ static void expect_same_plan(const struct step_plan *a, const struct step_plan *
         const struct step_row *x = &a->rows[i], *y = &b->rows[i];
         ck_assert(x->slot == y->slot && x->position == y->position && x->count == y->count);
         ck_assert(x->from_sample == y->from_sample && x->must_wait == y->must_wait);
+        ck_assert(x->generated == y->generated);
         ck_assert(x->tokens_first == y->tokens_first && x->source_step == y->source_step);
         ck_assert(x->source_row == y->source_row && x->source_draw == y->source_draw && x->draws == y->draws);
         ck_assert(x->logits == y->logits && x->logprobs == y->logprobs && x->top_logprobs == y->top_logprobs);
@@ -622,6 +624,7 @@ START_TEST(a_decode_step_is_cheap)
         *step_plan_add_row(&plan) = (struct step_row){.slot = i,
                                                       .position = 1000 + i,
                                                       .count = 1,
+                                                      .generated = true,
                                                       .from_sample = true,
                                                       .source_step = 99999,
                                                       .source_row = i,
