@@ -5,7 +5,8 @@
 #   make         build only
 #
 # Also: check-asan, check-tsan (the whole suite under sanitizers), fuzz (FUZZ_SECONDS a target), bench (MODEL), format,
-# clean.
+# clean. With a GPU: gpu-check (PARTS=ops engine e2e sanitizer), gpu-bench (OPTIONS for gpu_bench.py). Without one, for
+# another machine: gpu-build packs build-gpu/, which scripts/gpu_check.sh and scripts/gpu_bench.sh run there.
 
 BUILD ?= build
 JOBS ?= $(shell nproc)
@@ -13,7 +14,8 @@ FUZZ_SECONDS ?= 60
 CMAKE_FLAGS ?=
 export CTEST_OUTPUT_ON_FAILURE = 1
 
-.PHONY: all deps configure build programs demo check check-asan check-tsan fuzz bench format clean
+.PHONY: all deps configure build programs demo check check-asan check-tsan fuzz bench format clean gpu-check \
+        gpu-bench gpu-build
 
 all: build
 
@@ -59,8 +61,19 @@ fuzz:
 bench: build
 	@scripts/bench.sh $(BUILD) $(MODEL)
 
+gpu-check: CMAKE_FLAGS += -DSTRATA_CUDA=ON
+gpu-check: build
+	@scripts/gpu_check.sh $(BUILD) $(PARTS)
+
+gpu-bench: CMAKE_FLAGS += -DSTRATA_CUDA=ON
+gpu-bench: programs
+	@scripts/gpu_bench.sh $(BUILD) $(OPTIONS)
+
+gpu-build: deps
+	@scripts/gpu_pack.sh
+
 format:
 	@git ls-files '*.c' '*.h' '*.cu' '*.cuh' | xargs clang-format -i
 
 clean:
-	@rm -rf $(BUILD) $(BUILD)-asan $(BUILD)-tsan $(BUILD)-fuzz
+	@rm -rf $(BUILD) $(BUILD)-asan $(BUILD)-tsan $(BUILD)-fuzz build-static build-gpu

@@ -7,7 +7,13 @@
 
 #include <stdint.h>
 
-static inline void random_stream_philox(uint32_t counter[4], uint32_t key0, uint32_t key1)
+#ifdef __CUDACC__
+#define RANDOM_STREAM_FUNCTION static inline __host__ __device__
+#else
+#define RANDOM_STREAM_FUNCTION static inline
+#endif
+
+RANDOM_STREAM_FUNCTION void random_stream_philox(uint32_t counter[4], uint32_t key0, uint32_t key1)
 {
     for (int round = 0; round < 10; round++) {
         uint64_t a = (uint64_t)0xD2511F53u * counter[0], b = (uint64_t)0xCD9E8D57u * counter[2];
@@ -22,7 +28,7 @@ static inline void random_stream_philox(uint32_t counter[4], uint32_t key0, uint
 }
 
 // Uniform in [0, 1), 53 bits. Key = seed; counter = (position, choice, 0, 0).
-static inline double random_stream_uniform(uint64_t seed, uint32_t choice, uint32_t position)
+RANDOM_STREAM_FUNCTION double random_stream_uniform(uint64_t seed, uint32_t choice, uint32_t position)
 {
     uint32_t counter[4] = {position, choice, 0, 0};
     random_stream_philox(counter, (uint32_t)seed, (uint32_t)(seed >> 32));

@@ -10,6 +10,7 @@
 extern "C" {
 #endif
 
+#include "common/tensor_type.h"
 #include "kernels/device_internal.h"
 #include "kernels/kernels.h"
 
@@ -17,10 +18,11 @@ enum {
     CUDA_K_BLOCK = 256,      // weights' widths are padded to whole blocks of so many
     CUDA_TILE_ROWS = 16,     // and their rows to whole tiles
     CUDA_GROUP_ROWS = 64,    // rows of an activation that one decode product takes
-    CUDA_BLOCK_BYTES = 576,  // one row of an activation, one K block: 256 halves, 16 f32 sums of 16 each
+    CUDA_BLOCK_BYTES = 576,  // one row of an activation, one K block: see cuda_kernel.cuh
     CUDA_MAX_PROGRAMS = 256, // recorded programs
     CUDA_MARKS = 64,         // marks that can be outstanding
     CUDA_FORM_HALF = 1,      // the one form of activations
+    CUDA_TICKETS = 1 << 18,  // rows times key heads of one decode attention
 };
 
 struct cuda_staging; // pinned memory that uploads pass through (cuda_memory.c)
@@ -37,6 +39,7 @@ struct cuda_device {
     struct cuda_gemm *gemm;
     void *scratch; // [device] grows while weights are packed and stages planned, never in a step
     size_t scratch_bytes;
+    unsigned *tickets; // [CUDA_TICKETS] [device] zero between kernels (cuda_attention_decode.cu)
     cudaEvent_t marks[CUDA_MARKS];
     uint64_t next_mark;
     struct {
@@ -52,6 +55,8 @@ static inline struct cuda_device *cuda_device_of(struct device *device)
     return (struct cuda_device *)device;
 }
 
+// Makes the device the calling thread's own: a thread starts on GPU 0.
+void cuda_enter(const struct cuda_device *device);
 // Notes the first failure: CUDA's `code` while doing `what`. True when there was one.
 bool cuda_failed(struct cuda_device *device, cudaError_t code, const char *what);
 void cuda_fault(struct cuda_device *device, int status, const char *sentence);
@@ -116,10 +121,13 @@ void cuda_gemm(struct cuda_device *device, const struct activation *x, uint32_t 
 // Writes the weights as halves, [rows][padded width], to `out` [device].
 void cuda_matrix_unpack(struct cuda_device *device, const struct matrix *matrix, void *out);
 
-// cuda_attention.cu
+// cuda_kv.cu. kv_page_bytes is 0 for a head size that the kernels have no instance of.
 size_t cuda_kv_page_bytes(const struct device *device, uint32_t n_kv_heads, uint32_t head_size);
 void cuda_attn_prepare(struct device *device, const struct qkv_args *qkv, const struct attention_shape *shape,
                        const struct kv_layer *kv, const struct batch *batch);
+
+// cuda_attention.cu. Scratch memory that `rows` generated tokens want whose page tables hold `pages` pages.
+size_t cuda_attention_scratch_bytes(uint32_t n_heads, uint32_t head_size, uint32_t rows, uint32_t pages);
 void cuda_attention(struct device *device, struct activation *out, const float *q, uint32_t q_stride,
                     const struct attention_shape *shape, const struct kv_layer *kv,
                     const struct batch *batch);

@@ -7,9 +7,11 @@
 //
 // Activations. Rows are kept as halves of x / unit, K padded to whole blocks of 256 with zeros (the buffer is
 // zero when allocated, and nobody writes the padding). Rows of generated tokens lie in groups of 64, inside a
-// group by K block and then by row, one record of 576 bytes each: 256 halves, then 16 f32 sums of 16 halves
-// each, for the minimums of quantized types. (576 is 64 modulo 128: eight lanes that read 16 bytes of two
-// neighbouring rows hit all banks once.) Rows of prompts lie after all groups, plainly: [row][padded width].
+// group by K block and then by row, one record of 576 bytes each: 256 halves, then the sums of 16 halves each,
+// over 64 and as two halves (high part, rest), for the minimums of quantized types; in the order in which a
+// tensor-core fragment reads them: for t in 0..3 the high parts of sums 2t, 2t+1, 2t+8, 2t+9, then their rests.
+// (576 is 64 modulo 128: eight lanes that read 16 bytes of two neighbouring rows hit all banks once.) Rows of
+// prompts lie after all groups, plainly: [row][padded width].
 #ifndef STRATA_CUDA_KERNEL_CUH
 #define STRATA_CUDA_KERNEL_CUH
 
@@ -40,7 +42,7 @@ void cuda_launch(struct cuda_device *device, const char *name, void (*kernel)(Pa
                  dim3 block, size_t shared, Arguments... arguments)
 {
     cudaLaunchConfig_t config = {};
-    cudaLaunchAttribute overlap[1];
+    cudaLaunchAttribute overlap[1] = {};
     overlap[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap[0].val.programmaticStreamSerializationAllowed = 1;
     config.gridDim = grid;
@@ -99,13 +101,17 @@ __device__ __forceinline__ __half *activation_at(const struct activation_view &v
     return view.rows + (size_t)(row - view.n_generated) * view.k_blocks * CUDA_K_BLOCK + k;
 }
 
-// The sum of the (rounded) halves [k, k + 16) of a row, k a multiple of 16. Only rows of generated tokens
-// have sums.
-__device__ __forceinline__ float *activation_sum_at(const struct activation_view &view, uint32_t row,
-                                                    uint32_t k)
+// Stores the sum of the (rounded) halves [k, k + 16) of a row of a generated token, k a multiple of 16.
+__device__ __forceinline__ void activation_store_sum(const struct activation_view &view, uint32_t row,
+                                                     uint32_t k, float sum)
 {
-    return (float *)(activation_record(view, row, k / CUDA_K_BLOCK) + 2 * CUDA_K_BLOCK) +
-           k % CUDA_K_BLOCK / 16;
+    uint32_t s = k % CUDA_K_BLOCK / 16;
+    __half *at = (__half *)(activation_record(view, row, k / CUDA_K_BLOCK) + 2 * CUDA_K_BLOCK) +
+                 (s & 7) / 2 * 8 + (s & 8) / 4 + (s & 1);
+    float scaled = sum / 64;
+    __half high = __float2half_rn(scaled);
+    at[0] = high;
+    at[4] = __float2half_rn(scaled - __half2float(high));
 }
 
 // x / unit as the half that is stored; what is too large stays finite.
@@ -132,7 +138,7 @@ __device__ __forceinline__ void activation_store8(const struct activation_view &
         return;
     *(uint4 *)activation_at(view, row, k) = *(uint4 *)pairs;
     if (k % 16 == 0 && row < view.n_generated)
-        *activation_sum_at(view, row, k) = sum;
+        activation_store_sum(view, row, k, sum);
 }
 
 #endif

@@ -24,8 +24,11 @@ import traceback
 
 SOURCE = pathlib.Path(os.environ.get("STRATA_TEST_SOURCE") or pathlib.Path(__file__).resolve().parents[2])
 BIN = pathlib.Path(os.environ.get("STRATA_TEST_BIN") or SOURCE / "build")
+BACKEND = os.environ.get("STRATA_TEST_BACKEND") or "cpu"
 SLOW = 10 if os.environ.get("STRATA_TEST_SLOW") else 1  # sanitizers: everything takes longer
 sys.path.insert(0, str(SOURCE / "tests" / "tools"))
+# All workers share one GPU: each with memory of its own, so that none plans with what another is about to take.
+ON_BACKEND = {"cpu": [], "cuda": ["--backend", "cuda", "--device", 0, "--memory", "3G"]}[BACKEND]
 
 try:
     import grpc
@@ -38,22 +41,21 @@ except ImportError as missing:
 # --- the API -----------------------------------------------------------------------------------------------------
 
 def _stubs():
-    """Generates the messages with protoc, as any client would."""
-    out = tempfile.mkdtemp(prefix="strata-stubs")
+    """The messages: $STRATA_TEST_STUBS as make_stubs filled it, or made here with protoc, as any client would."""
+    carried = os.environ.get("STRATA_TEST_STUBS")
+    out = carried or tempfile.mkdtemp(prefix="strata-stubs")
     try:
         for root, name in ((SOURCE / "proto", "strata/v1/inference.proto"),
-                           ("/usr/share/grpc-proto", "grpc/health/v1/health.proto")):
-            subprocess.run(["protoc", f"--proto_path={root}", f"--python_out={out}", name], check=True)
-        # Two packages named grpc: the messages of grpc.health.v1 are loaded under their own name.
+                           ("/usr/share/grpc-proto/grpc/health/v1", "health.proto")):
+            if not carried:
+                subprocess.run(["protoc", f"--proto_path={root}", f"--python_out={out}", name], check=True)
         sys.path.insert(0, out)
+        import health_pb2
         from strata.v1 import inference_pb2
-        import importlib.util
-        spec = importlib.util.spec_from_file_location("health_pb2", f"{out}/grpc/health/v1/health_pb2.py")
-        health_pb2 = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(health_pb2)
         return inference_pb2, health_pb2
     finally:
-        shutil.rmtree(out, ignore_errors=True)
+        if not carried:
+            shutil.rmtree(out, ignore_errors=True)
 
 
 pb, health_pb = _stubs()
@@ -257,7 +259,7 @@ class Server:
 
     def start_worker(self, index, *extra, model=None):
         arguments = [BIN / "strata-worker", "--model", model or self.model, "--coordinator", self.pool_address,
-                     "--name", f"w{index}", "--threads", 1, *self.worker_arguments, *extra]
+                     "--name", f"w{index}", "--threads", 1, *ON_BACKEND, *self.worker_arguments, *extra]
         self.workers[index] = Process(self.home, f"w{index}", arguments)
         self.past.append(self.workers[index])
         return self.workers[index]
@@ -273,6 +275,9 @@ class Server:
 
     def pool(self):
         return self.client.pool()
+
+    def names(self):
+        return [f"w{index}" for index in self.workers]
 
     def idle(self):
         """Waits until nothing runs and every page is free."""
@@ -326,9 +331,16 @@ def small_model(**options):
 
 # --- the runner ---------------------------------------------------------------------------------------------------
 
+def workers(usual):
+    """How many workers a test takes whose answers do not depend on it; $STRATA_TEST_WORKERS decides."""
+    return int(os.environ.get("STRATA_TEST_WORKERS") or usual)
+
+
 def main(names, model=None, **server):
     """Runs every test_* of a module. Those with an argument share one server; the others make their own. Words on
     the command line choose among them."""
+    if "workers" in server:
+        server["workers"] = workers(server["workers"])
     tests = [(name, test) for name, test in names.items() if name.startswith("test_") and callable(test)]
     wanted = sys.argv[1:]
     tests = [(name, test) for name, test in tests if not wanted or any(word in name for word in wanted)]

@@ -70,8 +70,8 @@ static int open_stage(struct engine_stage *stage)
 {
     struct engine *engine = stage->engine;
     const struct engine_options *with = &engine->options;
-    struct device_options device = {
-        .backend = getenv("STRATA_TEST_BACKEND"), .threads = with->threads, .level = with->level};
+    const char *backend = getenv("STRATA_TEST_BACKEND");
+    struct device_options device = {.backend = backend, .threads = with->threads, .level = with->level};
     struct weight_load load = {.memory_free = (uint64_t)1 << 40};
     struct weight_totals totals;
     int status = device_open(&stage->device, &device, &stage->error);
@@ -531,9 +531,9 @@ bool engine_oracle(const char *options, const int32_t *tokens, uint32_t n_tokens
                    size_t capacity, double **logits, size_t *count)
 {
     char command[8192], saved[1024];
-    const char *source = getenv("STRATA_TEST_SOURCE");
-    size_t at = (size_t)snprintf(command, sizeof(command), "/usr/bin/python3 '%s/tests/tools/oracle.py' ",
-                                 source ? source : ".");
+    const char *source = getenv("STRATA_TEST_SOURCE"), *python = getenv("STRATA_TEST_PYTHON");
+    size_t at = (size_t)snprintf(command, sizeof(command), "%s '%s/tests/tools/oracle.py' ",
+                                 python ? python : "/usr/bin/python3", source ? source : ".");
     for (uint32_t i = 0; i < n_tokens; i++)
         at += (size_t)snprintf(command + at, sizeof(command) - at, "%s%d", i ? "," : "", tokens[i]);
     snprintf(command + at, sizeof(command) - at, " %s", options);

@@ -1,5 +1,6 @@
-// What the tests of ops share: devices at every level of this machine, memory on them, and fresh random
-// inputs whose seed is printed (STRATA_TEST_SEED repeats a run).
+// What the tests of ops share: devices of the backend under test at every level of this machine, memory on
+// them, activations read back, and fresh random inputs whose seed is printed (STRATA_TEST_SEED repeats a
+// run). STRATA_TEST_BACKEND names the backend, "cpu" or "cuda"; unset means cpu.
 #ifndef STRATA_TESTS_OP_FIXTURE_H
 #define STRATA_TESTS_OP_FIXTURE_H
 
@@ -9,6 +10,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "kernels/cpu/cpu_internal.h"
 #include "kernels/kernels.h"
 #include "tests/suite.h"
 
@@ -55,9 +57,48 @@ static inline void fixture_normals(float *out, size_t count, float scale)
         out[i] = scale * fixture_normal();
 }
 
+static inline const char *fixture_backend(void)
+{
+    const char *backend = getenv("STRATA_TEST_BACKEND");
+    return backend && *backend ? backend : "cpu";
+}
+
+static inline bool fixture_on_cuda(void)
+{
+    return !strcmp(fixture_backend(), "cuda");
+}
+
+// An instrumented or supervised build: tests take a sample of their cases.
+static inline bool fixture_is_slow(void)
+{
+    return getenv("STRATA_TEST_SLOW") != NULL;
+}
+
+// The levels of the backend under test: the CPU's three (of which this machine may lack some), CUDA's one.
+static inline int fixture_levels(void)
+{
+    return fixture_on_cuda() ? 1 : 3;
+}
+
+static inline uint32_t fixture_level(int index)
+{
+    static const uint32_t LEVELS[] = {LEVEL_PORTABLE, LEVEL_AVX2, LEVEL_AVX512};
+    return fixture_on_cuda() ? LEVEL_CUDA : LEVELS[index];
+}
+
+static inline uint32_t fixture_best_level(void)
+{
+    return device_best_level(fixture_backend(), 0);
+}
+
+static inline bool fixture_lacks(uint32_t level)
+{
+    return level > fixture_best_level();
+}
+
 static inline struct device *fixture_open(uint32_t level, uint32_t threads)
 {
-    struct device_options options = {.backend = "cpu", .threads = threads, .level = level};
+    struct device_options options = {.backend = fixture_backend(), .threads = threads, .level = level};
     struct device *device;
     struct error error = {0};
     ck_assert_msg(device_open(&device, &options, &error) == 0, "%s", error.text);
@@ -90,6 +131,101 @@ static inline void fixture_get(struct device *device, void *to, const void *from
 static inline void fixture_drop(struct device *device, const void *memory)
 {
     device_ops(device)->free(device, (void *)memory);
+}
+
+// --- activations ---
+
+// Room for `rows` rows, of which the first n_generated are of generated tokens.
+static inline struct activation fixture_activation(struct device *device, uint32_t width, uint32_t rows,
+                                                   unsigned forms, uint32_t n_generated)
+{
+    struct activation made = {.width = width, .rows = rows, .forms = forms, .n_generated = n_generated};
+    made.data = fixture_put(device, NULL, device_ops(device)->activation_bytes(device, width, rows, forms));
+    return made;
+}
+
+// The value of a half; neither infinity nor NaN is ever stored.
+static inline float fixture_half_value(uint16_t half)
+{
+    int exponent = half >> 10 & 31, mantissa = half & 1023;
+    ck_assert_int_ne(exponent, 31);
+    double size = exponent ? ldexp(1024 + mantissa, exponent - 25) : ldexp(mantissa, -24);
+    return (float)(half & 0x8000 ? -size : size);
+}
+
+// CUDA's layout, as kernels/cuda/cuda_kernel.cuh describes it.
+enum { FIXTURE_BLOCK = 256, FIXTURE_GROUP = 64, FIXTURE_RECORD = 576 };
+
+// The sums that a record keeps, over 64 and in two halves each, must be those of its halves, 16 by 16; a
+// prompt's row keeps none.
+static inline void fixture_check_sums(const unsigned char *record, const float *values)
+{
+    for (int i = 0; i < FIXTURE_BLOCK / 16; i++) {
+        double sum = 0, gross = 0;
+        uint16_t parts[2];
+        for (int j = 0; j < 16; j++) {
+            sum += values[16 * i + j];
+            gross += fabs(values[16 * i + j]);
+        }
+        size_t at = 2 * FIXTURE_BLOCK + 2 * (i % 8 / 2 * 8 + i / 8 * 2 + i % 2);
+        memcpy(&parts[0], record + at, 2);
+        memcpy(&parts[1], record + at + 8, 2);
+        double kept = 64.0 * ((double)fixture_half_value(parts[0]) + (double)fixture_half_value(parts[1]));
+        if (fabs(kept - sum) > 0x1p-20 * gross + 0x1p-18)
+            ck_abort_msg("the sum of elements %d to %d is %.9g, not %.9g", 16 * i, 16 * i + 15, kept, sum);
+    }
+}
+
+static inline void fixture_cuda_row(struct device *device, const struct activation *from, uint32_t row,
+                                    float *out)
+{
+    uint32_t blocks = (from->width + FIXTURE_BLOCK - 1) / FIXTURE_BLOCK;
+    size_t group = (size_t)blocks * FIXTURE_GROUP * FIXTURE_RECORD;
+    const unsigned char *data = from->data,
+                        *rows = data + (from->rows + FIXTURE_GROUP - 1) / FIXTURE_GROUP * group;
+    bool generated = row < from->n_generated;
+    float unit = from->unit == 0 ? 1 : from->unit;
+    for (uint32_t b = 0; b < blocks; b++) {
+        unsigned char record[FIXTURE_RECORD];
+        float values[FIXTURE_BLOCK];
+        size_t in_group = (size_t)b * FIXTURE_GROUP + row % FIXTURE_GROUP;
+        if (generated)
+            fixture_get(device, record, data + row / FIXTURE_GROUP * group + in_group * FIXTURE_RECORD,
+                        sizeof record);
+        else
+            fixture_get(device, record,
+                        rows + ((size_t)(row - from->n_generated) * blocks + b) * 2 * FIXTURE_BLOCK,
+                        2 * FIXTURE_BLOCK);
+        for (uint32_t i = 0; i < FIXTURE_BLOCK; i++) {
+            uint16_t half;
+            memcpy(&half, record + 2 * i, 2);
+            values[i] = fixture_half_value(half);
+            if (b * FIXTURE_BLOCK + i < from->width)
+                out[b * FIXTURE_BLOCK + i] = values[i] * unit;
+            else
+                ck_assert_msg(values[i] == 0, "the padding of row %u was written", row);
+        }
+        if (generated)
+            fixture_check_sums(record, values);
+    }
+}
+
+// What `row` holds, as floats. On the CPU its forms must have FORM_F32.
+static inline void fixture_activation_row(struct device *device, const struct activation *from, uint32_t row,
+                                          float *out)
+{
+    if (fixture_on_cuda()) {
+        fixture_cuda_row(device, from, row, out);
+        return;
+    }
+    struct cpu_activation_rows rows = cpu_activation_rows(from);
+    memcpy(out, rows.floats + row * rows.float_stride, from->width * sizeof *out);
+}
+
+// What storing x as a half, in units, may change it by; nothing on the CPU.
+static inline double fixture_storing(double x, double unit)
+{
+    return fixture_on_cuda() ? 0x1p-11 * fabs(x) + 0x1p-25 * unit : 0;
 }
 
 // The half nearest to x (ties to even, at most 65504), as a number: by scaling, unlike the code under test.

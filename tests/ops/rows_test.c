@@ -1,37 +1,30 @@
 // norm, ffn_activate and the storing of activations, at every level, against f64; and the bits of a row
 // whatever the batch and the number of threads.
-#include <math.h>
-#include <stdlib.h>
-#include <string.h>
-
-#include "kernels/cpu/cpu_internal.h"
-#include "tests/suite.h"
+//
+// CUDA keeps activations as halves of x / unit: 2^-11 of each value, at least 2^-25 of the unit
+// (fixture_storing); the unit of ffn_activate is 32, so that its products reach 2^21 before they are cut off.
+// Its sums and exponentials are f32, of a few units more error than the CPU's.
+#include "tests/ops/op_fixture.h"
 #include "tests/weights.h"
-
-static const uint32_t LEVELS[] = {LEVEL_PORTABLE, LEVEL_AVX2, LEVEL_AVX512};
-enum { N_LEVELS = 3 };
-
-static struct device *open_level(int index, uint32_t threads)
-{
-    struct device_options options = {.level = LEVELS[index], .threads = threads};
-    struct error error;
-    struct device *device;
-    ck_assert_msg(!device_open(&device, &options, &error), "%s", error.text);
-    return device;
-}
 
 static bool missing(int index)
 {
-    return LEVELS[index] > device_best_level("cpu", 0);
+    return fixture_lacks(fixture_level(index));
+}
+
+static struct device *open_level(int index, uint32_t threads)
+{
+    return fixture_open(fixture_level(index), threads);
+}
+
+static bool without_blocks(int index) // of the CPU's 8-bit form
+{
+    return fixture_on_cuda() || missing(index) || fixture_level(index) == LEVEL_PORTABLE;
 }
 
 static struct activation make_activation(struct device *device, uint32_t width, uint32_t rows, unsigned forms)
 {
-    struct activation a = {.width = width, .rows = rows, .forms = forms};
-    a.data =
-        device_ops(device)->alloc(device, device_ops(device)->activation_bytes(device, width, rows, forms));
-    ck_assert_ptr_nonnull(a.data);
-    return a;
+    return fixture_activation(device, width, rows, forms, 0);
 }
 
 static float *random_floats(size_t count, float scale, uint64_t *random)
@@ -69,7 +62,7 @@ static void check_half(const struct cpu_q8_block *block, int half, const float *
 START_TEST(test_store)
 {
     uint64_t random = random_seed("test_store");
-    if (missing(_i) || LEVELS[_i] == LEVEL_PORTABLE)
+    if (without_blocks(_i))
         return;
     struct device *device = open_level(_i, 1);
     static const uint32_t WIDTHS[] = {32, 64, 576, 33, 7, 95};
@@ -98,7 +91,7 @@ END_TEST
 
 START_TEST(test_store_zero_and_tiny)
 {
-    if (missing(_i) || LEVELS[_i] == LEVEL_PORTABLE)
+    if (without_blocks(_i))
         return;
     struct device *device = open_level(_i, 1);
     struct activation a = make_activation(device, 64, 1, FORM_Q8);
@@ -125,10 +118,10 @@ END_TEST
 START_TEST(test_store_spans)
 {
     uint64_t random = random_seed("test_store_spans");
-    if (missing(_i))
+    if (fixture_on_cuda() || missing(_i))
         return;
     struct device *device = open_level(_i, 1);
-    unsigned forms = LEVELS[_i] == LEVEL_PORTABLE ? FORM_F32 : FORM_F32 | FORM_Q8;
+    unsigned forms = fixture_level(_i) == LEVEL_PORTABLE ? FORM_F32 : FORM_F32 | FORM_Q8;
     struct activation whole = make_activation(device, 200, 2, forms),
                       parts = make_activation(device, 200, 2, forms);
     float *x = random_floats(200, 3, &random);
@@ -145,84 +138,179 @@ START_TEST(test_store_spans)
 }
 END_TEST
 
-static void check_norm(struct device *device, enum norm_kind kind, uint32_t width, bool biased,
-                       uint64_t *random)
+// --- both backends ---
+
+// An activation whose rows can be read back as floats.
+static struct activation make_readable(struct device *device, uint32_t width, uint32_t rows,
+                                       uint32_t n_generated)
 {
-    enum { ROWS = 5 };
-    const uint32_t index[3] = {4, 0, 2};
+    unsigned forms = fixture_on_cuda() ? device_ops(device)->matrix_forms(device, TENSOR_F32) : FORM_F32;
+    return fixture_activation(device, width, rows, forms, n_generated);
+}
+
+static void expect_row(struct device *device, const struct activation *a, uint32_t row,
+                       const double *expected, const double *allowed, const char *what)
+{
+    float *got = malloc(a->width * sizeof *got);
+    fixture_activation_row(device, a, row, got);
+    for (uint32_t i = 0; i < a->width; i++)
+        if (!(fabs(got[i] - expected[i]) <= allowed[i]))
+            ck_abort_msg("%s %s, width %u, row %u of %u (%u generated) [%u]: %.9g, not %.9g within %.2g",
+                         device_describe(device), what, a->width, row, a->rows, a->n_generated, i, got[i],
+                         expected[i], allowed[i]);
+    free(got);
+}
+
+static void check_store(struct device *device, uint32_t width, uint32_t rows, uint32_t n_generated,
+                        uint64_t *random)
+{
+    struct activation a = make_readable(device, width, rows, n_generated);
+    float *x = random_floats((size_t)rows * width, 100, random);
+    float *there = fixture_put(device, x, (size_t)rows * width * sizeof *x);
+    double *expected = malloc(2 * width * sizeof *expected), *allowed = expected + width;
+    device_ops(device)->store(device, &a, there, rows);
+    for (uint32_t t = 0; t < rows; t++) {
+        for (uint32_t i = 0; i < width; i++) {
+            expected[i] = x[t * width + i];
+            allowed[i] = fixture_storing(expected[i], a.unit == 0 ? 1 : a.unit);
+        }
+        expect_row(device, &a, t, expected, allowed, "store");
+    }
+    free(expected);
+    free(x);
+    fixture_drop(device, there);
+    fixture_drop(device, a.data);
+}
+
+// Rows of both classes come back, of any width; and what lies between them is untouched.
+START_TEST(test_store_rows)
+{
+    static const uint32_t WIDTHS[] = {8, 32, 64, 255, 256, 264, 576, 33, 7, 4096};
+    uint64_t random = random_seed("test_store_rows");
+    if (missing(_i))
+        return;
+    struct device *device = open_level(_i, 2);
+    for (int w = 0; w < 10; w++) {
+        check_store(device, WIDTHS[w], 3, 0, &random);
+        check_store(device, WIDTHS[w], 3, 3, &random);
+        check_store(device, WIDTHS[w], 70, 66, &random);
+    }
+    fixture_close(device);
+}
+END_TEST
+
+// Row 0 of `into` is what norm makes of row[0..width), row 1 what it may be off by.
+static void define_norm(double *expected, double *allowed, const float *row, const float *weight,
+                        const float *bias, uint32_t width, enum norm_kind kind, double epsilon)
+{
+    double mean = 0, variance = 0, unit = fixture_on_cuda() ? 0x1p-20 : 0x1p-22;
+    for (uint32_t i = 0; i < width; i++)
+        mean += row[i] / (double)width;
+    mean = kind == NORM_LAYER ? mean : 0;
+    for (uint32_t i = 0; i < width; i++)
+        variance += (row[i] - mean) * (row[i] - mean) / width;
+    for (uint32_t i = 0; i < width; i++) {
+        double scaled = (row[i] - mean) / sqrt(variance + epsilon) * weight[i];
+        expected[i] = scaled + (bias ? bias[i] : 0);
+        // A few roundings: of the mean (relative to x, not to the difference), the factors, the sum.
+        allowed[i] =
+            unit * (fabs(scaled) + fabs(expected[i]) + 5 * fabs(weight[i]) / sqrt(variance + epsilon)) +
+            fixture_storing(expected[i], 1);
+    }
+}
+
+static void check_norm(struct device *device, enum norm_kind kind, uint32_t width, bool biased,
+                       uint32_t n_generated, uint64_t *random)
+{
+    enum { ROWS = 5, CHOSEN = 3 };
+    const uint32_t index[CHOSEN] = {4, 0, 2};
     const float epsilon = 1e-5f;
-    struct activation a = make_activation(device, width, ROWS, FORM_F32);
+    struct activation a = make_readable(device, width, ROWS, n_generated);
     float *x = random_floats(ROWS * width, 4, random), *weight = random_floats(width, 2, random);
     float *bias = random_floats(width, 1, random);
+    double *expected = malloc(2 * width * sizeof *expected);
     for (uint32_t i = 0; i < ROWS * width; i++)
         x[i] += 1; // a mean that matters
-    device_ops(device)->norm(device, &a, x, index, 3, kind, weight, biased ? bias : NULL, epsilon);
-    for (uint32_t t = 0; t < 3; t++) {
-        const float *row = x + index[t] * width;
-        double mean = 0, variance = 0;
-        for (uint32_t i = 0; i < width; i++)
-            mean += row[i] / (double)width;
-        mean = kind == NORM_LAYER ? mean : 0;
-        for (uint32_t i = 0; i < width; i++)
-            variance += (row[i] - mean) * (row[i] - mean) / width;
-        for (uint32_t i = 0; i < width; i++) {
-            double scaled = (row[i] - mean) / sqrt(variance + epsilon) * weight[i];
-            double expected = scaled + (biased ? bias[i] : 0);
-            // A few roundings: of the mean (relative to x, not to the difference), the factors, the sum.
-            double allowed =
-                0x1p-22 * (fabs(scaled) + fabs(expected) + 5 * fabs(weight[i]) / sqrt(variance + epsilon));
-            if (fabs(row_of(&a, t)[i] - expected) > allowed)
-                ck_abort_msg("%s width %u row %u [%u]: %.9g, not %.9g", device_describe(device), width, t, i,
-                             row_of(&a, t)[i], expected);
+    float *x_there = fixture_put(device, x, ROWS * width * sizeof *x);
+    float *weight_there = fixture_put(device, weight, width * sizeof *x);
+    float *bias_there = biased ? fixture_put(device, bias, width * sizeof *x) : NULL;
+    uint32_t *index_there = fixture_put(device, index, sizeof index);
+    for (int gathered = 0; gathered < 2; gathered++) {
+        uint32_t rows = gathered ? CHOSEN : ROWS;
+        device_ops(device)->norm(device, &a, x_there, gathered ? index_there : NULL, rows, kind, weight_there,
+                                 bias_there, epsilon);
+        for (uint32_t t = 0; t < rows; t++) {
+            define_norm(expected, expected + width, x + (gathered ? index[t] : t) * width, weight,
+                        biased ? bias : NULL, width, kind, epsilon);
+            expect_row(device, &a, t, expected, expected + width, "norm");
         }
     }
+    const void *all[] = {x_there, weight_there, index_there, a.data};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        fixture_drop(device, all[i]);
+    if (biased)
+        fixture_drop(device, bias_there);
+    free(expected);
     free(x);
     free(weight);
     free(bias);
-    device_ops(device)->free(device, a.data);
 }
 
 START_TEST(test_norm)
 {
-    static const uint32_t WIDTHS[] = {1, 7, 8, 16, 31, 576, 2048, 2049};
+    static const uint32_t WIDTHS[] = {1, 7, 8, 16, 31, 576, 2048, 2049, 8192};
     uint64_t random = random_seed("test_norm");
     if (missing(_i))
         return;
     struct device *device = open_level(_i, 2);
-    for (int w = 0; w < 8; w++)
+    for (int w = 0; w < 9; w++)
         for (int i = 0; i < 4; i++)
-            check_norm(device, i % 2 ? NORM_LAYER : NORM_RMS, WIDTHS[w], i / 2, &random);
-    device_close(device);
+            check_norm(device, i % 2 ? NORM_LAYER : NORM_RMS, WIDTHS[w], i / 2, (uint32_t)(w + i) % 4 * 2 % 5,
+                       &random);
+    fixture_close(device);
 }
 END_TEST
 
-static void check_ffn(struct device *device, uint32_t width, bool gated, float scale, uint64_t *random)
+// silu(g) u, or gelu(u), and what it may be off by.
+static double define_ffn(double g, double u, bool gated, double unit, double *allowed)
+{
+    double y = gated ? g : 2 * sqrt(2 / M_PI) * (u + 0.044715 * u * u * u);
+    double expected = gated ? g / (1 + exp(-y)) * u : u / (1 + exp(-y));
+    // e^-y is off by a unit or two, and by as many units as y is large for each of y's roundings;
+    // where e^-y is large, all of it shows. The portable GELU takes 1 + tanh, which cancels to 2^-53.
+    *allowed = 0x1p-23 * (4 + (gated ? 1 : 3) * fabs(y)) * fabs(expected) + 0x1p-52 * fabs(u) + 1e-36;
+    if (!fixture_on_cuda())
+        return expected;
+    *allowed = 4 * *allowed + fixture_storing(expected, unit) + (gated ? 0 : 0x1p-22 * fabs(u));
+    return fmax(fmin(expected, 65504 * unit), -65504 * unit);
+}
+
+static void check_ffn(struct device *device, uint32_t width, bool gated, float scale, uint32_t n_generated,
+                      uint64_t *random)
 {
     enum { ROWS = 3 };
     uint32_t stride = width + 5;
-    struct activation a = make_activation(device, width, ROWS, FORM_F32);
+    size_t bytes = ROWS * stride * sizeof(float);
+    struct activation a = make_readable(device, width, ROWS, n_generated);
     float *gate = random_floats(ROWS * stride, scale, random),
           *up = random_floats(ROWS * stride, scale, random);
     gate[0] = scale;
     up[1] = -scale;
-    device_ops(device)->ffn_activate(device, &a, gated ? gate : NULL, up, stride, ROWS);
+    float *gate_there = fixture_put(device, gate, bytes), *up_there = fixture_put(device, up, bytes);
+    double *expected = malloc(2 * width * sizeof *expected);
+    device_ops(device)->ffn_activate(device, &a, gated ? gate_there : NULL, up_there, stride, ROWS);
     for (uint32_t t = 0; t < ROWS; t++) {
-        for (uint32_t i = 0; i < width; i++) {
-            double u = up[t * stride + i], g = gate[t * stride + i];
-            double y = gated ? g : 2 * sqrt(2 / M_PI) * (u + 0.044715 * u * u * u);
-            double expected = gated ? g / (1 + exp(-y)) * u : u / (1 + exp(-y));
-            // e^-y is off by a unit or two, and by as many units as y is large for each of y's roundings;
-            // where e^-y is large, all of it shows. The portable GELU takes 1 + tanh, which cancels to 2^-53.
-            double allowed =
-                0x1p-23 * (4 + (gated ? 1 : 3) * fabs(y)) * fabs(expected) + 0x1p-52 * fabs(u) + 1e-36;
-            if (fabs(row_of(&a, t)[i] - expected) > allowed)
-                ck_abort_msg("%s %s(%.9g, %.9g) = %.9g, not %.9g", device_describe(device),
-                             gated ? "silu" : "gelu", g, u, row_of(&a, t)[i], expected);
-        }
+        for (uint32_t i = 0; i < width; i++)
+            expected[i] = define_ffn(gate[t * stride + i], up[t * stride + i], gated,
+                                     a.unit == 0 ? 1 : a.unit, &expected[width + i]);
+        expect_row(device, &a, t, expected, expected + width, gated ? "silu" : "gelu");
     }
+    free(expected);
     free(gate);
     free(up);
-    device_ops(device)->free(device, a.data);
+    fixture_drop(device, gate_there);
+    fixture_drop(device, up_there);
+    fixture_drop(device, a.data);
 }
 
 START_TEST(test_ffn)
@@ -235,50 +323,75 @@ START_TEST(test_ffn)
     struct device *device = open_level(_i, 2);
     for (int w = 0; w < 6; w++)
         for (int i = 0; i < 8; i++)
-            check_ffn(device, WIDTHS[w], i % 2, SCALES[i / 2], &random);
-    device_close(device);
+            check_ffn(device, WIDTHS[w], i % 2, SCALES[i / 2], (uint32_t)(w + i) % 4, &random);
+    fixture_close(device);
 }
 END_TEST
+
+// --- the same bits ---
+
+enum { BATCH = 40, GENERATED = 25, BATCH_WIDTH = 1056 };
+
+// All that is kept of a row: on the CPU the bytes of all its forms, which are one row of a batch that has
+// one.
+static size_t bits_of(struct device *device, const struct activation *a, uint32_t row, uint8_t *out)
+{
+    if (fixture_on_cuda()) {
+        fixture_activation_row(device, a, row, (float *)out);
+        return a->width * sizeof(float);
+    }
+    size_t bytes = device_ops(device)->activation_bytes(device, a->width, 1, a->forms);
+    memcpy(out, (uint8_t *)a->data + row * bytes, bytes);
+    return bytes;
+}
+
+static void run_row_op(struct device *device, int op, struct activation *out, const float *x, const float *w,
+                       uint32_t rows)
+{
+    if (op == 0)
+        device_ops(device)->norm(device, out, x, NULL, rows, NORM_RMS, w, NULL, 1e-6f);
+    else if (op == 1)
+        device_ops(device)->ffn_activate(device, out, x, x, BATCH_WIDTH, rows);
+    else
+        device_ops(device)->store(device, out, x, rows);
+}
 
 // The same row gives the same bits alone and in a batch, with one thread and with four.
 START_TEST(test_batch_invariance)
 {
-    enum { ROWS = 40, WIDTH = 1056 };
+    enum { OPS = 3, ROOM = 4 * BATCH_WIDTH * sizeof(float) };
     uint64_t random = random_seed("test_batch_invariance");
     if (missing(_i))
         return;
-    float *x = random_floats(ROWS * WIDTH, 4, &random), *w = random_floats(WIDTH, 2, &random);
-    uint8_t *first[2] = {NULL, NULL};
+    float *x = random_floats(BATCH * BATCH_WIDTH, 4, &random), *w = random_floats(BATCH_WIDTH, 2, &random);
+    static uint8_t first[OPS][BATCH][ROOM], together[ROOM], alone[ROOM];
     for (uint32_t threads = 1; threads <= 4; threads++) {
         struct device *device = open_level(_i, threads);
-        const struct kernel_ops *ops = device_ops(device);
-        unsigned forms = ops->matrix_forms(device, TENSOR_Q4_0);
-        size_t row_bytes = ops->activation_bytes(device, WIDTH, 1, forms);
-        struct activation all = make_activation(device, WIDTH, ROWS, forms),
-                          one = make_activation(device, WIDTH, 1, forms);
-        for (int op = 0; op < 2; op++) {
-            if (op)
-                ops->ffn_activate(device, &all, x, x, WIDTH, ROWS);
-            else
-                ops->norm(device, &all, x, NULL, ROWS, NORM_RMS, w, NULL, 1e-6f);
-            for (uint32_t t = 0; t < ROWS; t++) {
-                const float *row = x + t * WIDTH;
-                if (op)
-                    ops->ffn_activate(device, &one, row, row, WIDTH, 1);
-                else
-                    ops->norm(device, &one, x, &t, 1, NORM_RMS, w, NULL, 1e-6f);
-                ck_assert(!memcmp(one.data, (uint8_t *)all.data + t * row_bytes, row_bytes));
+        unsigned forms = device_ops(device)->matrix_forms(device, TENSOR_Q4_0);
+        float *x_there = fixture_put(device, x, BATCH * BATCH_WIDTH * sizeof *x);
+        float *w_there = fixture_put(device, w, BATCH_WIDTH * sizeof *x);
+        struct activation all = fixture_activation(device, BATCH_WIDTH, BATCH, forms, GENERATED),
+                          one = fixture_activation(device, BATCH_WIDTH, 1, forms, 1);
+        for (int op = 0; op < OPS; op++) {
+            run_row_op(device, op, &all, x_there, w_there, BATCH);
+            for (uint32_t t = 0; t < BATCH; t++) {
+                one.n_generated = t < GENERATED;
+                run_row_op(device, op, &one, x_there + t * BATCH_WIDTH, w_there, 1);
+                size_t bytes = bits_of(device, &all, t, together);
+                ck_assert_uint_le(bytes, ROOM);
+                ck_assert_uint_eq(bits_of(device, &one, 0, alone), bytes);
+                ck_assert_msg(!memcmp(together, alone, bytes), "op %d, row %u: other bits alone", op, t);
+                if (threads == 1)
+                    memcpy(first[op][t], together, bytes);
+                ck_assert_msg(!memcmp(together, first[op][t], bytes), "op %d, row %u, %u threads", op, t,
+                              threads);
             }
-            if (!first[op])
-                first[op] = memcpy(malloc(ROWS * row_bytes), all.data, ROWS * row_bytes);
-            ck_assert(!memcmp(first[op], all.data, ROWS * row_bytes));
         }
-        ops->free(device, all.data);
-        ops->free(device, one.data);
-        device_close(device);
+        const void *there[] = {x_there, w_there, all.data, one.data};
+        for (size_t i = 0; i < sizeof there / sizeof *there; i++)
+            fixture_drop(device, there[i]);
+        fixture_close(device);
     }
-    free(first[0]);
-    free(first[1]);
     free(x);
     free(w);
 }
@@ -289,12 +402,13 @@ Suite *make_suite(void)
     Suite *suite = suite_create("rows");
     TCase *tcase = tcase_create("rows");
     tcase_set_timeout(tcase, 60);
-    tcase_add_loop_test(tcase, test_store, 0, N_LEVELS);
-    tcase_add_loop_test(tcase, test_store_zero_and_tiny, 0, N_LEVELS);
-    tcase_add_loop_test(tcase, test_store_spans, 0, N_LEVELS);
-    tcase_add_loop_test(tcase, test_norm, 0, N_LEVELS);
-    tcase_add_loop_test(tcase, test_ffn, 0, N_LEVELS);
-    tcase_add_loop_test(tcase, test_batch_invariance, 0, N_LEVELS);
+    tcase_add_loop_test(tcase, test_store, 0, fixture_levels());
+    tcase_add_loop_test(tcase, test_store_zero_and_tiny, 0, fixture_levels());
+    tcase_add_loop_test(tcase, test_store_spans, 0, fixture_levels());
+    tcase_add_loop_test(tcase, test_store_rows, 0, fixture_levels());
+    tcase_add_loop_test(tcase, test_norm, 0, fixture_levels());
+    tcase_add_loop_test(tcase, test_ffn, 0, fixture_levels());
+    tcase_add_loop_test(tcase, test_batch_invariance, 0, fixture_levels());
     suite_add_tcase(suite, tcase);
     return suite;
 }

@@ -1,6 +1,6 @@
 // The weight cache's contract, point by point: names, true types, what a stage needs, refusals before
-// anything is uploaded, all or nothing, idempotent reload, dropping. On the CPU device, with ops that fail on
-// demand.
+// anything is uploaded, all or nothing, idempotent reload, dropping. On the device that
+// STRATA_TEST_BACKEND names (the CPU), with ops that fail on demand.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -45,9 +45,14 @@ static void count_free(struct device *on, void *data)
     free(data);
 }
 
+static void upload_to_host(struct device *on, void *to, const void *from, size_t bytes)
+{
+    memcpy(to, from, bytes);
+}
+
 static void setup(void)
 {
-    struct device_options options = {.threads = 1};
+    struct device_options options = {.backend = getenv("STRATA_TEST_BACKEND"), .threads = 1};
     struct error error = {0};
     ck_assert_int_eq(device_open(&device, &options, &error), 0);
     packs_left = allocs_left = -1;
@@ -56,6 +61,7 @@ static void setup(void)
     failing_ops.matrix_pack = pack_or_fail;
     failing_ops.alloc = alloc_or_fail;
     failing_ops.free = count_free;
+    failing_ops.upload = upload_to_host;
 }
 
 static void teardown(void)

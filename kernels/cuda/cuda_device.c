@@ -1,0 +1,154 @@
+// A GPU as a device: opening it, its description, its faults. Everything runs on one stream of its own, in the
+// order of the calls. Called by the executor's thread, except that the thread that opens the device may be
+// another: cuda_enter sees to it that CUDA's idea of the current GPU follows.
+#include "kernels/cuda/cuda_internal.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static uint32_t count_devices(void)
+{
+    int count = 0;
+    return cudaGetDeviceCount(&count) == cudaSuccess && count > 0 ? (uint32_t)count : 0;
+}
+
+static uint32_t best_level(uint32_t index)
+{
+    return index < count_devices() ? LEVEL_CUDA : 0;
+}
+
+void cuda_enter(const struct cuda_device *device)
+{
+    static _Thread_local int current = -1;
+    if (current == device->index)
+        return;
+    cudaSetDevice(device->index);
+    current = device->index;
+}
+
+// --- faults ---
+
+void cuda_fault(struct cuda_device *device, int status, const char *sentence)
+{
+    if (!device->fault.status)
+        error_set(&device->fault, status, "%s", sentence);
+}
+
+bool cuda_failed(struct cuda_device *device, cudaError_t code, const char *what)
+{
+    if (code == cudaSuccess)
+        return false;
+    cudaGetLastError(); // what is not sticky is reported once
+    if (!device->fault.status)
+        error_set(&device->fault, code == cudaErrorMemoryAllocation ? STATUS_NO_MEMORY : STATUS_INTERNAL,
+                  "GPU %d failed (%s): %s", device->index, what, cudaGetErrorString(code));
+    return true;
+}
+
+// --- open and close ---
+
+static void close_device(struct device *base)
+{
+    struct cuda_device *device = cuda_device_of(base);
+    cuda_enter(device);
+    if (device->stream)
+        cudaStreamSynchronize(device->stream);
+    cuda_forget(base);
+    cuda_gemm_close(device);
+    cuda_memory_close(device);
+    if (device->stream)
+        cudaStreamDestroy(device->stream);
+    free(device);
+}
+
+static int check_index(const struct device_options *options, struct error *error)
+{
+    int count = 0;
+    cudaError_t code = cudaGetDeviceCount(&count);
+    if (code != cudaSuccess)
+        return error_set(error, STATUS_UNSUPPORTED, "no GPU can be used here: %s", cudaGetErrorString(code));
+    if (options->index >= (uint32_t)count)
+        return error_set(error, STATUS_UNSUPPORTED, "there is no GPU %u: this machine has %d, from 0",
+                         options->index, count);
+    if (options->level && options->level != LEVEL_CUDA)
+        return error_set(error, STATUS_INVALID, "level %u (%s) is not a level of the CUDA backend",
+                         options->level, device_level_name(options->level));
+    return STATUS_OK;
+}
+
+static int set_up(struct cuda_device *device, struct error *error)
+{
+    struct cudaDeviceProp properties;
+    cuda_enter(device);
+    cudaError_t code = cudaGetDeviceProperties(&properties, device->index);
+    if (code == cudaSuccess)
+        code = cudaStreamCreateWithFlags(&device->stream, cudaStreamNonBlocking);
+    if (code != cudaSuccess)
+        return error_set(error, STATUS_UNSUPPORTED, "GPU %d cannot be opened: %s", device->index,
+                         cudaGetErrorString(code));
+    if (properties.major < 9)
+        return error_set(error, STATUS_UNSUPPORTED,
+                         "GPU %d (%s) has compute capability %d.%d; this build has kernels for 9.0",
+                         device->index, properties.name, properties.major, properties.minor);
+    device->sms = properties.multiProcessorCount;
+    device->shared_limit = properties.sharedMemPerBlockOptin;
+    snprintf(device->description, sizeof(device->description), "cuda %d: %.100s, %.0f GB", device->index,
+             properties.name, (double)properties.totalGlobalMem / 1e9);
+    int status = cuda_memory_open(device, error);
+    return status ? status : cuda_gemm_open(device, error);
+}
+
+static int open_device(struct device **out, const struct device_options *options, struct error *error)
+{
+    int status = check_index(options, error);
+    if (status)
+        return status;
+    struct cuda_device *device = calloc(1, sizeof(*device));
+    if (!device)
+        return error_set(error, STATUS_NO_MEMORY, "no memory for a CUDA device");
+    device->base.backend = &cuda_backend;
+    device->base.ops = &cuda_ops;
+    device->index = (int)options->index;
+    status = set_up(device, error);
+    if (status) {
+        close_device(&device->base);
+        return status;
+    }
+    *out = &device->base;
+    return STATUS_OK;
+}
+
+static uint32_t level_of(const struct device *device)
+{
+    return LEVEL_CUDA;
+}
+
+static const char *describe(const struct device *device)
+{
+    return ((const struct cuda_device *)device)->description;
+}
+
+static uint64_t memory_free(const struct device *device)
+{
+    size_t left = 0, all;
+    cuda_enter((const struct cuda_device *)device);
+    return cudaMemGetInfo(&left, &all) == cudaSuccess ? left : 0;
+}
+
+static void *stream(const struct device *device)
+{
+    return ((const struct cuda_device *)device)->stream;
+}
+
+const struct device_backend cuda_backend = {
+    .name = "cuda",
+    .open = open_device,
+    .close = close_device,
+    .level = level_of,
+    .describe = describe,
+    .memory_free = memory_free,
+    .best_level = best_level,
+    .stream = stream,
+    .count = count_devices,
+};

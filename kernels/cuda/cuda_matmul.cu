@@ -1,0 +1,85 @@
+// The op matmul: which kernel computes which rows.
+//
+// Rows of generated tokens go through the product kernels in groups of 64 columns, straight from packed weights:
+// one arithmetic whatever the number of columns, so that a sequence's bits do not depend on its neighbours. Rows
+// of prompts, many at a time, go through cuda_gemm.cu, weights unpacked to halves first. Queued by the executor's
+// thread.
+#include "kernels/cuda/cuda_product.cuh"
+
+// Into how many runs K is cut: enough for all the SMs of a large GPU to have a dozen warps at work, by the shapes
+// alone. Two GPUs of different size give the same bits.
+static uint32_t choose_chunks(uint32_t tiles, uint32_t k_blocks)
+{
+    uint32_t chunks = 1;
+    while (chunks < PRODUCT_CHUNKS && tiles * chunks < 1536 && k_blocks >= 2 * chunks)
+        chunks *= 2;
+    return chunks;
+}
+
+static uint32_t tiles_of(const struct matrix *matrix)
+{
+    return (matrix->rows + CUDA_TILE_ROWS - 1) / CUDA_TILE_ROWS;
+}
+
+static void add_part(struct product_args *args, const struct matmul_part *part, uint32_t first_column)
+{
+    const struct matrix *weight = part->weight;
+    struct product_part *to = &args->parts[args->n_parts++];
+    struct record_form form = record_form_of(record_layout_of(weight->type));
+    to->records = (const unsigned char *)weight->data;
+    to->tiles = tiles_of(weight);
+    to->factors =
+        form.row_factor ? (const float *)(to->records + (size_t)to->tiles * args->k_blocks * form.bytes) : NULL;
+    to->bias = part->bias;
+    to->out = part->out + (size_t)first_column * part->out_stride;
+    to->out_stride = part->out_stride;
+    to->rows = weight->rows;
+    to->first_tile = args->tiles;
+    to->accumulate = part->accumulate;
+    args->tiles += to->tiles;
+}
+
+// The parts of one layout, for the columns of one group.
+static void multiply_layout(struct cuda_device *device, const struct activation *x, uint32_t first_column,
+                            uint32_t columns, const struct matmul_part *parts, uint32_t n_parts, int layout,
+                            uint32_t chunks)
+{
+    struct activation_view view = activation_view_of(x);
+    struct product_args args = {};
+    args.k_blocks = view.k_blocks;
+    args.chunks = chunks;
+    args.columns = columns;
+    args.x = view.groups + first_column / CUDA_GROUP_ROWS * activation_group_bytes(x->width);
+    args.unit = x->unit == 0 ? 1 : x->unit;
+    for (uint32_t p = 0; p < n_parts; p++) {
+        if (record_layout_of(parts[p].weight->type) == layout)
+            add_part(&args, &parts[p], first_column);
+    }
+    if (args.n_parts > 0 && !product_small(device, args, layout))
+        product_wide(device, args, layout);
+}
+
+static void multiply_generated(struct cuda_device *device, const struct activation *x, uint32_t rows,
+                               const struct matmul_part *parts, uint32_t n_parts)
+{
+    uint32_t tiles = 0;
+    for (uint32_t p = 0; p < n_parts; p++)
+        tiles += tiles_of(parts[p].weight);
+    uint32_t chunks = choose_chunks(tiles, cuda_padded_width(x->width) / CUDA_K_BLOCK);
+    for (uint32_t first = 0; first < rows; first += CUDA_GROUP_ROWS) {
+        uint32_t columns = rows - first < CUDA_GROUP_ROWS ? rows - first : (uint32_t)CUDA_GROUP_ROWS;
+        for (int layout = 0; layout < RECORD_LAYOUTS; layout++)
+            multiply_layout(device, x, first, columns, parts, n_parts, layout, chunks);
+    }
+}
+
+extern "C" void cuda_matmul(struct device *base, const struct activation *x, uint32_t rows,
+                            const struct matmul_part *parts, uint32_t n_parts)
+{
+    struct cuda_device *device = cuda_device_of(base);
+    uint32_t generated = x->n_generated < rows ? x->n_generated : rows;
+    if (generated > 0)
+        multiply_generated(device, x, generated, parts, n_parts);
+    for (uint32_t p = 0; p < n_parts && generated < rows; p++)
+        cuda_gemm(device, x, rows, &parts[p]);
+}

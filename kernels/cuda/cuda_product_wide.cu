@@ -1,0 +1,240 @@
+// Products with up to 64 columns: continuous batching's decode steps.
+//
+// A block takes 16 (or 8) tiles and one run of K, a warp one tile, or two that share what it reads of the columns:
+// with many columns reading them from shared memory would else cost more than the products. A ring of stages holds the tiles' records of a K
+// block and the activations of all columns of that block, two bulk copies, used by all warps; the first warp
+// fills a stage again when all have left it, one stage late, so that it rarely waits. (A warp of its own for
+// that would cost the others a quarter of their registers.) The runs of a tile belong to blocks of one cluster, whose sums meet in distributed shared memory, each
+// block adding up an equal share of the rows. The columns are padded to 8, 16, 32 or 64.
+#include <cooperative_groups.h>
+
+#include "kernels/cuda/cuda_product.cuh"
+
+namespace cg = cooperative_groups;
+
+enum { WIDE_TILES = 16, WIDE_STAGES = 4 };
+
+struct wide_shape {
+    uint32_t tiles, stages; // of a block, of its ring
+    uint32_t stage_bytes, columns_at; // of a stage: records first
+};
+
+// The part and the first tile (in it) of a block's share; tiles of one block are of one part.
+struct wide_place {
+    uint32_t part, tile, n_tiles, chunk;
+};
+
+__device__ __forceinline__ struct wide_place place_of(const struct product_args &args, const struct wide_shape &shape)
+{
+    struct wide_place place = {0, 0, 0, blockIdx.x % args.chunks};
+    uint32_t share = blockIdx.x / args.chunks;
+    for (; place.part + 1 < args.n_parts; place.part++) {
+        uint32_t shares = (args.parts[place.part].tiles + shape.tiles - 1) / shape.tiles;
+        if (share < shares)
+            break;
+        share -= shares;
+    }
+    uint32_t tiles = args.parts[place.part].tiles;
+    place.tile = share * shape.tiles;
+    place.n_tiles = min(shape.tiles, tiles - place.tile);
+    return place;
+}
+
+// Copies K block k into `stage`: the records, the columns.
+template <int L>
+__device__ __forceinline__ void copy_records(const struct product_args &args, const struct wide_shape &shape,
+                                             const struct wide_place &place, uint32_t k, unsigned char *to,
+                                             barrier_t *filled)
+{
+    constexpr uint32_t BYTES = record_form_of(L).bytes;
+    const struct product_part &part = args.parts[place.part];
+    barrier_expect(filled, place.n_tiles * BYTES + args.columns * CUDA_BLOCK_BYTES);
+    copy_bulk(to, part.records + record_index(place.tile, k, part.tiles, args.k_blocks) * BYTES,
+              place.n_tiles * BYTES, filled, CACHE_FIRST_OUT);
+}
+
+__device__ __forceinline__ void copy_columns(const struct product_args &args, const struct wide_shape &shape,
+                                             uint32_t k, unsigned char *to, barrier_t *filled)
+{
+    copy_bulk(to + shape.columns_at, args.x + (size_t)k * CUDA_GROUP_ROWS * CUDA_BLOCK_BYTES,
+              args.columns * CUDA_BLOCK_BYTES, filled, CACHE_LAST_OUT);
+}
+
+// The sums of a cluster's blocks, added in the order of their runs: every block does a share of the rows.
+template <int NT, int R>
+__device__ void reduce_cluster(const struct product_args &args, const struct wide_shape &shape,
+                               const struct wide_place &place, float *sums, const float (*acc)[NT][4])
+{
+    cg::cluster_group cluster = cg::this_cluster();
+    uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    uint32_t rows = shape.tiles * CUDA_TILE_ROWS, stride = rows + 4;
+    __syncthreads(); // the ring is not read any more
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                sums[(8 * n + 2 * t + i % 2) * stride + (warp * R + r) * CUDA_TILE_ROWS + g + i / 2 * 8] = acc[r][n][i];
+        }
+    }
+    cluster.sync();
+    uint32_t share = rows / args.chunks, first = cluster.block_rank() * share;
+    const float *others[PRODUCT_CHUNKS];
+#pragma unroll
+    for (uint32_t c = 0; c < PRODUCT_CHUNKS; c++)
+        others[c] = cluster.map_shared_rank(sums, c < args.chunks ? c : 0);
+    for (uint32_t i = threadIdx.x; i < share * args.columns; i += blockDim.x) {
+        uint32_t row = first + i % share, column = i / share;
+        if (row >= place.n_tiles * CUDA_TILE_ROWS)
+            continue;
+        float parts[PRODUCT_CHUNKS];
+#pragma unroll
+        for (uint32_t c = 0; c < PRODUCT_CHUNKS; c++) // all on their way before the first is added
+            parts[c] = c < args.chunks ? others[c][column * stride + row] : 0;
+        float sum = parts[0];
+#pragma unroll
+        for (uint32_t c = 1; c < PRODUCT_CHUNKS; c++)
+            sum = c < args.chunks ? sum + parts[c] : sum;
+        product_store(args, args.parts[place.part], place.tile * CUDA_TILE_ROWS + row, column, sum);
+    }
+    cluster.sync(); // nobody leaves while others read
+}
+
+template <int L, int NT, int R>
+__global__ void __launch_bounds__(WIDE_TILES / R * 32, 1)
+    product_wide_kernel(const __grid_constant__ struct product_args args, struct wide_shape shape)
+{
+    constexpr uint32_t BYTES = record_form_of(L).bytes;
+    extern __shared__ __align__(128) unsigned char shared[];
+    __shared__ __align__(8) barrier_t filled[WIDE_STAGES], drained[WIDE_STAGES];
+    uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    struct wide_place place = place_of(args, shape);
+    uint32_t begin = product_chunk_begin(args, place.chunk), blocks = product_chunk_begin(args, place.chunk + 1) - begin;
+    uint32_t ahead = min(blocks, shape.stages); // K blocks whose copies have begun
+    if (threadIdx.x == 0) {
+        for (uint32_t i = 0; i < shape.stages; i++) {
+            barrier_init(filled + i, 1);
+            barrier_init(drained + i, blockDim.x / 32);
+        }
+        barrier_publish();
+        for (uint32_t i = 0; i < ahead; i++) // weights do not wait for the predecessor
+            copy_records<L>(args, shape, place, begin + i, shared + i * shape.stage_bytes, filled + i);
+    }
+    cuda_release();
+    cuda_wait();
+    if (threadIdx.x == 0) {
+        for (uint32_t i = 0; i < ahead; i++)
+            copy_columns(args, shape, begin + i, shared + i * shape.stage_bytes, filled + i);
+    }
+    __syncthreads();
+    float acc[R][NT][4] = {};
+    for (uint32_t k = 0, stage = 0, parity = 0; k < blocks; k++) {
+        const unsigned char *from = shared + stage * shape.stage_bytes;
+        if (threadIdx.x == 0 && k > 0 && ahead < blocks) { // the stage before is free, or soon
+            uint32_t before = stage == 0 ? shape.stages - 1 : stage - 1;
+            unsigned char *to = shared + before * shape.stage_bytes;
+            barrier_await(drained + before, stage == 0 ? parity ^ 1 : parity);
+            copy_records<L>(args, shape, place, begin + ahead, to, filled + before);
+            copy_columns(args, shape, begin + ahead, to, filled + before);
+            ahead++;
+        }
+        __syncwarp();
+        barrier_await(filled + stage, parity);
+        if (warp * R < place.n_tiles) // a last tile without its pair multiplies what lies there, for nobody
+            record_multiply<L, NT, R>(from + warp * R * BYTES, from + shape.columns_at, args.columns, lane, acc);
+        __syncwarp();
+        if (lane == 0)
+            barrier_arrive(drained + stage);
+        if (++stage == shape.stages)
+            stage = 0, parity ^= 1;
+    }
+    if (args.chunks > 1) {
+        reduce_cluster<NT, R>(args, shape, place, (float *)shared, acc);
+        return;
+    }
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+        uint32_t tile = warp * R + r;
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                if (tile < place.n_tiles)
+                    product_store(args, args.parts[place.part],
+                                  (place.tile + tile) * CUDA_TILE_ROWS + lane / 4 + i / 2 * 8,
+                                  8 * n + 2 * (lane % 4) + i % 2, acc[r][n][i]);
+            }
+        }
+    }
+}
+
+// --- launching ---
+
+template <typename Kernel>
+static void launch_cluster(struct cuda_device *device, Kernel kernel, uint32_t blocks, uint32_t threads,
+                           size_t shared, const struct product_args &args, struct wide_shape shape)
+{
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = args.chunks;
+    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+    config.gridDim = blocks;
+    config.blockDim = threads;
+    config.dynamicSmemBytes = shared;
+    config.stream = device->stream;
+    config.attrs = attributes;
+    config.numAttrs = 2;
+    cuda_failed(device, cudaLaunchKernelEx(&config, kernel, args, shape), "wide product");
+}
+
+// As many stages as fit, with 16 tiles a block if two stages of that fit, else with 8.
+template <int L, int NT, int R> static void launch(struct cuda_device *device, const struct product_args &args)
+{
+    constexpr uint32_t BYTES = record_form_of(L).bytes;
+    size_t room = device->shared_limit - 1024, columns = (size_t)args.columns * CUDA_BLOCK_BYTES;
+    struct wide_shape shape = {};
+    shape.tiles = 2 * (WIDE_TILES * BYTES + columns) <= room ? WIDE_TILES : WIDE_TILES / 2;
+    shape.columns_at = shape.tiles * BYTES;
+    shape.stage_bytes = (uint32_t)((shape.columns_at + columns + 127) / 128 * 128);
+    shape.stages = (uint32_t)(room / shape.stage_bytes);
+    shape.stages = shape.stages < WIDE_STAGES ? shape.stages : (uint32_t)WIDE_STAGES;
+    size_t sums = args.chunks > 1 ? (size_t)8 * NT * (shape.tiles * CUDA_TILE_ROWS + 4) * sizeof(float) : 0;
+    size_t shared = (size_t)shape.stages * shape.stage_bytes;
+    uint32_t blocks = 0;
+    for (uint32_t p = 0; p < args.n_parts; p++)
+        blocks += (args.parts[p].tiles + shape.tiles - 1) / shape.tiles * args.chunks;
+    static bool prepared;
+    if (!prepared)
+        prepared = !cuda_failed(device,
+                                cudaFuncSetAttribute(product_wide_kernel<L, NT, R>,
+                                                     cudaFuncAttributeMaxDynamicSharedMemorySize, (int)room),
+                                "preparing a wide product");
+    launch_cluster(device, product_wide_kernel<L, NT, R>, blocks, shape.tiles / R * 32,
+                   sums > shared ? sums : shared, args, shape);
+}
+
+template <int L> static void launch_columns(struct cuda_device *device, const struct product_args &args)
+{
+    if (args.columns <= 8)
+        launch<L, 1, 1>(device, args);
+    else if (args.columns <= 16)
+        launch<L, 2, 2>(device, args);
+    else if (args.columns <= 32)
+        launch<L, 4, 2>(device, args);
+    else
+        launch<L, 8, 2>(device, args);
+}
+
+void product_wide(struct cuda_device *device, const struct product_args &args, int layout)
+{
+    static void (*const LAUNCH[RECORD_LAYOUTS])(struct cuda_device *, const struct product_args &) = {
+        launch_columns<RECORD_NIBBLES>,  launch_columns<RECORD_NIBBLES_16>, launch_columns<RECORD_FIVES>,
+        launch_columns<RECORD_SIXES>,    launch_columns<RECORD_SCALED_4>,   launch_columns<RECORD_SCALED_5>,
+        launch_columns<RECORD_SCALED_8>, launch_columns<RECORD_HALVES>,
+    };
+    LAUNCH[layout](device, args);
+}

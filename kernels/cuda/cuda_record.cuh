@@ -1,0 +1,375 @@
+// Packed weights: how a matrix lies on the device, and how a warp multiplies a piece of it.
+//
+// A matrix is cut into tiles of 16 rows, padded with zeros, and K into blocks of 256, padded likewise. One tile
+// times one block is a record; a warp reads a record from shared memory and multiplies it with `mma.m16n8k16`
+// (halves in, f32 out). Records of 16 neighbouring tiles (a panel) and one K block are contiguous:
+// [panel][block][tile in panel], so that a block of threads fetches all it needs for a K block in one copy, and a
+// warp alone its own record. After the records, for layouts without integer scales: one f32 factor a row.
+//
+// Inside a record lane l = 4 g + t works on rows g and g + 8; of the 32 weights of K group j (j < 8) it holds
+// k = 32 j + 8 t + e, e < 8: (e0 e1 | e2 e3) feed the first mma of the group, (e4 e5 | e6 e7) the second. The
+// order of k inside a group is free as long as activations follow it: so eight consecutive activations are one
+// 16-byte load, and rows of activations stay in plain order.
+//
+// Nibbles: for j = 2 i (low) and 2 i + 1 (high) lane l reads 16 bytes at 512 i + 16 l: words (row g: e0-3, e4-7;
+// row g + 8: the same); e0..e3 at bits 0, 16, 8, 24, so that a mask, or a shift by 8 and a mask, leaves two
+// codes in the mantissas of two halves: subnormal numbers code x 2^-24 (16 times that for the high nibbles).
+// One multiplication by scale x 2^5 (or 2^1) makes code x scale x 2^-19 of it, exactly: integer scales go
+// through the tensor cores unrounded, and the f32 factors d (and dmin) of a block of 256 are applied to sums of
+// 128 products in f32. Minimums are one more mma a record: minimum times the sum of 16 activations.
+//
+// Layouts, and the types that take them:
+//   NIBBLES     Q4_K                    scales and minimums of 8 bits per 32, d and dmin
+//   NIBBLES_16  Q2_K, Q3_K              the same per 16, signed (Q3_K: minimum 4 x scale, dmin = d)
+//   FIVES       Q5_K                    as NIBBLES, and a plane of fifth bits
+//   SIXES       Q6_K                    nibbles, a plane of bits 4 and 5, signed scales per 16, d
+//   SCALED_4    Q4_0, Q4_1              nibbles; scale and minimum per 32 as halves of x / row factor
+//   SCALED_5    Q5_0, Q5_1              and a plane of fifth bits
+//   SCALED_8    Q8_0                    bytes, scales as halves of x / row factor
+//   HALVES      F16, BF16, F32          halves of x / row factor
+#ifndef STRATA_CUDA_RECORD_CUH
+#define STRATA_CUDA_RECORD_CUH
+
+#include "kernels/cuda/cuda_kernel.cuh"
+
+enum record_layout {
+    RECORD_NIBBLES,
+    RECORD_NIBBLES_16,
+    RECORD_FIVES,
+    RECORD_SIXES,
+    RECORD_SCALED_4,
+    RECORD_SCALED_5,
+    RECORD_SCALED_8,
+    RECORD_HALVES,
+    RECORD_LAYOUTS
+};
+
+constexpr uint32_t PANEL_TILES = 16;
+
+// Constants of a layout. Offsets inside a record: `plane` (bits beyond the nibbles), `scales`, `factors`.
+struct record_form {
+    uint32_t plane, scales, scale_row_bytes, factors, bytes;
+    bool integer_scales, row_factor, has_min, per_16;
+};
+
+__host__ __device__ constexpr struct record_form record_form_of(int layout)
+{
+    switch (layout) {
+    case RECORD_NIBBLES:
+        return {2048, 2048, 16, 2304, 2368, true, false, true, false};
+    case RECORD_NIBBLES_16:
+        return {2048, 2048, 32, 2560, 2624, true, false, true, true};
+    case RECORD_FIVES:
+        return {2048, 2560, 16, 2816, 2880, true, false, true, false};
+    case RECORD_SIXES:
+        return {2048, 3072, 16, 3328, 3392, true, false, false, true};
+    case RECORD_SCALED_4:
+        return {2048, 2048, 32, 2560, 2560, false, true, true, false};
+    case RECORD_SCALED_5:
+        return {2048, 2560, 32, 3072, 3072, false, true, true, false};
+    case RECORD_SCALED_8:
+        return {4096, 4096, 16, 4352, 4352, false, true, false, false};
+    default:
+        return {8192, 8192, 0, 8192, 8192, false, true, false, false};
+    }
+}
+
+static inline int record_layout_of(uint32_t type)
+{
+    switch (type) {
+    case TENSOR_Q4_K:
+        return RECORD_NIBBLES;
+    case TENSOR_Q2_K:
+    case TENSOR_Q3_K:
+        return RECORD_NIBBLES_16;
+    case TENSOR_Q5_K:
+        return RECORD_FIVES;
+    case TENSOR_Q6_K:
+        return RECORD_SIXES;
+    case TENSOR_Q4_0:
+    case TENSOR_Q4_1:
+        return RECORD_SCALED_4;
+    case TENSOR_Q5_0:
+    case TENSOR_Q5_1:
+        return RECORD_SCALED_5;
+    case TENSOR_Q8_0:
+        return RECORD_SCALED_8;
+    default:
+        return RECORD_HALVES;
+    }
+}
+
+// Index of the record of (tile, K block), of a matrix of `tiles` and `k_blocks`.
+__host__ __device__ inline size_t record_index(uint32_t tile, uint32_t k_block, uint32_t tiles, uint32_t k_blocks)
+{
+    uint32_t panel = tile / PANEL_TILES, left = tiles - panel * PANEL_TILES;
+    uint32_t width = left < PANEL_TILES ? left : PANEL_TILES;
+    return (size_t)panel * PANEL_TILES * k_blocks + (size_t)k_block * width + tile % PANEL_TILES;
+}
+
+// --- small arithmetic on pairs of halves held in words ---
+
+__device__ __forceinline__ unsigned pair_multiply(unsigned a, unsigned b)
+{
+    unsigned c;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    return c;
+}
+
+__device__ __forceinline__ unsigned pair_fma(unsigned a, unsigned b, unsigned c)
+{
+    unsigned d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
+__device__ __forceinline__ unsigned pair_add(unsigned a, unsigned b)
+{
+    unsigned c;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    return c;
+}
+
+// (a & b) | c in one instruction.
+__device__ __forceinline__ unsigned and_or(unsigned a, unsigned b, unsigned c)
+{
+    unsigned d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
+__device__ __forceinline__ unsigned shift(unsigned a, int right)
+{
+    return right >= 0 ? a >> right : a << -right;
+}
+
+// c += A B, 16 x 16 x 8.
+__device__ __forceinline__ void multiply_add(float *c, unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+                                             unsigned b0, unsigned b1)
+{
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+                 "{%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// --- reading a record ---
+
+// What a lane needs of the scales of one of its two rows.
+struct record_row {
+    uint4 scales; // 16 bytes: 8 bit scales (and minimums), or 8 halves
+    uint4 mins;   // NIBBLES_16's
+};
+
+template <int L>
+__device__ __forceinline__ struct record_row record_read_row(const unsigned char *record, int row)
+{
+    constexpr struct record_form form = record_form_of(L);
+    struct record_row read = {};
+    if constexpr (form.scale_row_bytes > 0)
+        read.scales = *(const uint4 *)(record + form.scales + row * form.scale_row_bytes);
+    if constexpr (L == RECORD_NIBBLES_16)
+        read.mins = *(const uint4 *)(record + form.scales + row * form.scale_row_bytes + 16);
+    return read;
+}
+
+__device__ __forceinline__ unsigned word_of(const uint4 &four, int i)
+{
+    return i == 0 ? four.x : i == 1 ? four.y : i == 2 ? four.z : four.w;
+}
+
+// The multiplier of K group j as a pair of equal halves. j is a constant after unrolling.
+template <int L> __device__ __forceinline__ unsigned record_multiplier(const struct record_row &row, int j, int t)
+{
+    constexpr struct record_form form = record_form_of(L);
+    if constexpr (!form.integer_scales)
+        return __byte_perm(word_of(row.scales, j / 2), 0, j % 2 ? 0x3232 : 0x1010);
+    constexpr unsigned ZERO = form.per_16 ? 128 : 0; // signed scales are stored with 128 added
+    unsigned biased; // 1024 + stored byte
+    if constexpr (form.per_16)
+        biased = __byte_perm(word_of(row.scales, j / 2), 0x64646464, 0x4040 + (2 * j % 4 + t / 2) * 0x0101);
+    else
+        biased = __byte_perm(word_of(row.scales, j / 4), 0x64646464, 0x4040 + j % 4 * 0x0101);
+    const __half2 times = __float2half2_rn(j % 2 ? 2.0f : 32.0f);
+    const __half2 minus = __float2half2_rn(-(j % 2 ? 2.0f : 32.0f) * (1024 + ZERO));
+    return pair_fma(biased, *(const unsigned *)&times, *(const unsigned *)&minus);
+}
+
+// The weights of K group j, before the row's or block's f32 factor, as the A operands of two mma: a[0..3], a[4..7].
+template <int L>
+__device__ __forceinline__ void record_group(const unsigned char *record, const struct record_row *rows, int j,
+                                             int lane, unsigned *a)
+{
+    constexpr struct record_form form = record_form_of(L);
+    int t = lane & 3;
+    if constexpr (L == RECORD_HALVES) {
+        uint4 upper = *(const uint4 *)(record + j * 1024 + lane * 16);
+        uint4 lower = *(const uint4 *)(record + j * 1024 + 512 + lane * 16);
+        a[0] = upper.x, a[2] = upper.y, a[4] = upper.z, a[6] = upper.w;
+        a[1] = lower.x, a[3] = lower.y, a[5] = lower.z, a[7] = lower.w;
+    } else if constexpr (L == RECORD_SCALED_8) {
+        uint4 codes = *(const uint4 *)(record + j * 512 + lane * 16); // row g: e0-3, e4-7; row g + 8
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            unsigned scale = record_multiplier<L>(rows[r], j, t);
+#pragma unroll
+            for (int p = 0; p < 4; p++) { // 1024 + code + 128, exactly; then the code; then times its scale
+                unsigned biased = __byte_perm(word_of(codes, 2 * r + p / 2), 0x64646464, p % 2 ? 0x4342 : 0x4140);
+                a[2 * p + r] = pair_multiply(pair_add(biased, 0xE480E480), scale); // -1152
+            }
+        }
+    } else {
+        uint4 words = *(const uint4 *)(record + j / 2 * 512 + lane * 16);
+        const unsigned mask = j % 2 ? 0x00F000F0 : 0x000F000F;
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            unsigned scale = record_multiplier<L>(rows[r], j, t), plane = 0;
+            if constexpr (L == RECORD_FIVES || L == RECORD_SCALED_5)
+                plane = *(const unsigned *)(record + form.plane + j / 2 * 128 + lane * 4);
+            if constexpr (L == RECORD_SIXES)
+                plane = *(const unsigned *)(record + form.plane + j / 2 * 256 + lane * 8 + r * 4);
+#pragma unroll
+            for (int p = 0; p < 4; p++) {
+                unsigned word = word_of(words, 2 * r + p / 2) >> (p % 2 * 8), code;
+                if constexpr (L == RECORD_FIVES || L == RECORD_SCALED_5) // bit `pair` of each half, to bit 4 or 8
+                    code = and_or(word, mask,
+                                  shift(plane, j % 2 * 8 + r * 4 + p - (j % 2 ? 8 : 4)) &
+                                      (j % 2 ? 0x01000100 : 0x00100010));
+                else if constexpr (L == RECORD_SIXES) // bits 2 pair, 2 pair + 1, to 4 and 5, or 8 and 9
+                    code = and_or(word, mask,
+                                  shift(plane, 2 * (j % 2 * 4 + p) - (j % 2 ? 8 : 4)) &
+                                      (j % 2 ? 0x03000300 : 0x00300030));
+                else
+                    code = word & mask;
+                if constexpr (L == RECORD_SIXES) // (code - 32) x scale
+                    a[2 * p + r] =
+                        pair_fma(code, scale, pair_multiply(scale, j % 2 ? 0x82008200 : 0x80208020));
+                else
+                    a[2 * p + r] = pair_multiply(code, scale);
+            }
+        }
+    }
+}
+
+// The minimums of a row for the mma with the sums of 16 activations: groups 2t, 2t + 1 and 2t + 8, 2t + 9.
+// Integers, to be subtracted times dmin; or (without integer scales) what is to be added.
+template <int L>
+__device__ __forceinline__ uint2 record_mins(const unsigned char *record, const struct record_row &row, int r, int t)
+{
+    constexpr struct record_form form = record_form_of(L);
+    if constexpr (L == RECORD_NIBBLES_16) {
+        unsigned sel = 0x4140 + t % 2 * 0x0202;
+        unsigned low = __byte_perm(t / 2 ? row.mins.y : row.mins.x, 0x64646464, sel);
+        unsigned high = __byte_perm(t / 2 ? row.mins.w : row.mins.z, 0x64646464, sel);
+        return make_uint2(pair_add(low, 0xE480E480), pair_add(high, 0xE480E480)); // -1152
+    } else if constexpr (form.integer_scales) {
+        unsigned sel = 0x4040 + t * 0x0101;
+        unsigned low = __byte_perm(row.scales.z, 0x64646464, sel);
+        unsigned high = __byte_perm(row.scales.w, 0x64646464, sel);
+        return make_uint2(pair_add(low, 0xE400E400), pair_add(high, 0xE400E400)); // -1024
+    } else {
+        const unsigned short *mins = (const unsigned short *)(record + form.scales + r * form.scale_row_bytes + 16);
+        return make_uint2(mins[t] * 0x00010001u, mins[t + 4] * 0x00010001u);
+    }
+}
+
+// --- records times 8 NT columns ---
+
+// acc[r][n][i] += the product of record r (at `record`, records[r] = record + r x its bytes) with K block `x` of
+// columns 8 n + (0..7): element (row g + 8 (i / 2), column 2 t + i % 2) of its tile. R tiles share what is read
+// of the columns. x: records of an activation, 576 bytes a column; columns from `count` on repeat the last one.
+// Every column sees the same operations in the same order, whatever NT and R are and whatever stands beside it.
+template <int L, int NT, int R>
+__device__ __forceinline__ void record_multiply(const unsigned char *record, const unsigned char *x, uint32_t count,
+                                                int lane, float (*acc)[NT][4])
+{
+    constexpr struct record_form form = record_form_of(L);
+    int g = lane >> 2, t = lane & 3;
+    struct record_row rows[R][2];
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+        rows[r][0] = record_read_row<L>(record + r * form.bytes, g);
+        rows[r][1] = record_read_row<L>(record + r * form.bytes, g + 8);
+    }
+    const unsigned char *columns[NT];
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+        uint32_t column = 8 * n + g;
+        columns[n] = x + (column < count ? column : count - 1) * CUDA_BLOCK_BYTES + t * 16;
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++) { // 128 products each, then the factor in f32
+        float sums[R][NT][4];
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    sums[r][n][i] = form.integer_scales ? 0 : acc[r][n][i];
+            }
+        }
+#pragma unroll
+        for (int j = 4 * half; j < 4 * half + 4; j++) {
+            unsigned a[R][8];
+#pragma unroll
+            for (int r = 0; r < R; r++)
+                record_group<L>(record + r * form.bytes, rows[r], j, lane, a[r]);
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+                uint4 b = *(const uint4 *)(columns[n] + j * 64);
+#pragma unroll
+                for (int r = 0; r < R; r++) {
+                    multiply_add(sums[r][n], a[r][0], a[r][1], a[r][2], a[r][3], b.x, b.y);
+                    multiply_add(sums[r][n], a[r][4], a[r][5], a[r][6], a[r][7], b.z, b.w);
+                }
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+            float2 factors[2] = {};
+            if constexpr (form.integer_scales) {
+                const unsigned char *at = record + r * form.bytes + form.factors;
+                factors[0] = __half22float2(*(const __half2 *)(at + g * 4));
+                factors[1] = __half22float2(*(const __half2 *)(at + g * 4 + 32));
+            }
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    acc[r][n][i] = form.integer_scales
+                                       ? fmaf(factors[i / 2].x * 524288.0f, sums[r][n][i], acc[r][n][i])
+                                       : sums[r][n][i];
+            }
+        }
+    }
+    if constexpr (form.has_min) {
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+            const unsigned char *at = record + r * form.bytes;
+            uint2 upper = record_mins<L>(at, rows[r][0], g, t), lower = record_mins<L>(at, rows[r][1], g + 8, t);
+            float2 factors[2] = {};
+            if constexpr (form.integer_scales) {
+                factors[0] = __half22float2(*(const __half2 *)(at + form.factors + g * 4));
+                factors[1] = __half22float2(*(const __half2 *)(at + form.factors + g * 4 + 32));
+            }
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+                uint4 b = *(const uint4 *)(columns[n] + 2 * CUDA_K_BLOCK);
+                float sums[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    sums[i] = form.integer_scales ? 0 : acc[r][n][i];
+                multiply_add(sums, upper.x, lower.x, upper.y, lower.y, b.x, b.y);
+                multiply_add(sums, upper.x, lower.x, upper.y, lower.y, b.z, b.w);
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    acc[r][n][i] = form.integer_scales
+                                       ? fmaf(factors[i / 2].y * -64.0f, sums[i], acc[r][n][i])
+                                       : sums[i];
+            }
+        }
+    }
+}
+
+#endif

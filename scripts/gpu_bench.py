@@ -1,0 +1,156 @@
+#!/usr/bin/python3
+"""Time `strata-worker --bench` on one GPU: models of real shapes, one stream, batches, prefill.
+
+Prints a table: tokens a second, the part of the limit that is, and the ratio to llama.cpp on the same card. The limit
+of decoding is memory: the weights once a step and the keys and values of every sequence, at 4.65 TB/s. The limit of
+prefill is arithmetic: two operations a weight and token, at 780 TFLOP/s. The models have random weights; they are made
+in --models when they are not there, and removed again when they were made here (unless --keep).
+"""
+import argparse
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+SOURCE = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(SOURCE / "tests" / "tools"))
+import make_gguf  # noqa: E402
+
+BYTES_PER_SECOND, OPERATIONS_PER_SECOND = 4.65e12, 780e12  # measured: an H200
+CASES = [  # name, prompt, new tokens, batch, what is measured
+    ("one stream", 0, 128, 1, "decode"),
+    ("batch 8, 1k context", 1024, 64, 8, "decode"),
+    ("batch 32, 1k context", 1024, 64, 32, "decode"),
+    ("batch 64, 1k context", 1024, 64, 64, "decode"),
+    ("prefill 2048", 2048, 0, 1, "prefill"),
+]
+LLAMA_CPP = {  # (shape, mix) -> case -> tokens a second
+    ("8b", "q4_k_m"): {"one stream": 265, "batch 8, 1k context": 725, "batch 32, 1k context": 2853,
+                       "batch 64, 1k context": 3814, "prefill 2048": 9970},
+    ("8b", "q8_0"): {"one stream": 253},
+    ("8b", "f16"): {"one stream": 209},
+    ("70b", "q4_k_m"): {"one stream": 42.0, "prefill 2048": 1198},
+}
+
+
+def models_folder():
+    """In memory where there is room: loading is part of no figure, and waits for no disk."""
+    memory = pathlib.Path("/dev/shm")
+    roomy = memory.is_dir() and shutil.disk_usage(memory).free > 48e9
+    return (memory if roomy else pathlib.Path(tempfile.gettempdir())) / "strata-bench-models"
+
+
+def parse():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--build", type=pathlib.Path, required=True, help="the folder of strata-worker")
+    p.add_argument("--models", type=pathlib.Path, default=models_folder())
+    p.add_argument("--keep", action="store_true", help="keep the models that are made")
+    p.add_argument("--vocab", help="a GGUF file whose tokens the models get")
+    p.add_argument("--shapes", default="8b", help="of 8b, 70b, 1b; separated by commas")
+    p.add_argument("--mixes", default="q4_k_m,q8_0,f16")
+    p.add_argument("--cases", default="", help="only those whose name has one of these words, separated by commas")
+    p.add_argument("--backend", default="cuda")
+    p.add_argument("--repeat", type=int, default=3)
+    p.add_argument("--json", type=pathlib.Path, help="where the figures go (default: gpu-bench.json in the build)")
+    return p.parse_args()
+
+
+def make_model(a, shape, mix):
+    """The path of the model, and whether it was made just now."""
+    path = a.models / f"{shape}-{mix}.gguf"
+    if path.exists():
+        return path, False
+    a.models.mkdir(parents=True, exist_ok=True)
+    began, scratch = time.monotonic(), path.with_suffix(".part")
+    arguments = [str(scratch), "--shape", f"llama-{shape}", "--mix", mix] + (["--vocab", a.vocab] if a.vocab else [])
+    saved, sys.stdout = sys.stdout, open(os.devnull, "w")
+    try:
+        make_gguf.generate(arguments)
+    finally:
+        sys.stdout = saved
+    scratch.rename(path)
+    print(f"made {path.name} in {time.monotonic() - began:.0f} s", file=sys.stderr)
+    return path, True
+
+
+def weight_figures(shape, mix, vocab_file):
+    """What a step reads of the weights in bytes (all but the rows it does not look up), their number, and the bytes of
+    keys and values of one position."""
+    a = make_gguf.parse(["x", "--shape", f"llama-{shape}", "--mix", mix])
+    vocab_size = make_gguf.tokenizer_keys(vocab_file)[1] if vocab_file else a.vocab_size
+    total = count = 0
+    for name, kind, dims, _ in make_gguf.tensor_table(a, vocab_size):
+        if name == "token_embd.weight":
+            continue
+        _, per, size = make_gguf.TYPES["f32" if kind in ("norm", "bias", "freqs") else kind]
+        n = 1
+        for d in dims:
+            n *= d
+        total += n // per * size
+        count += n
+    return total, count, a.layers * 2 * a.kv_heads * a.head_dim * 2
+
+
+def limit_of(figures, prompt, new, batch, kind):
+    total, count, kv = figures
+    if kind == "prefill":
+        return OPERATIONS_PER_SECOND / (2 * count)
+    return batch * BYTES_PER_SECOND / (total + batch * (prompt + new / 2) * kv)
+
+
+def run_case(a, model, prompt, new, batch):
+    command = [a.build / "strata-worker", "--bench", "--json", "--model", model, "--backend", a.backend,
+               "--bench-prompt", prompt, "--bench-new", new, "--bench-batch", batch, "--bench-step", 2048,
+               "--bench-repeat", a.repeat, "--log-level", "warn"]
+    done = subprocess.run([str(c) for c in command], stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout) if done.returncode == 0 else None
+
+
+def bench_model(a, shape, mix, rows):
+    words = [w for w in a.cases.split(",") if w]
+    model, made = make_model(a, shape, mix)
+    figures = weight_figures(shape, mix, a.vocab)
+    for name, prompt, new, batch, kind in CASES:
+        if words and not any(w in name for w in words):
+            continue
+        out = run_case(a, model, prompt, new, batch)
+        row = {"shape": shape, "mix": mix, "case": name, "limit": limit_of(figures, prompt, new, batch, kind),
+               "llama_cpp": LLAMA_CPP.get((shape, mix), {}).get(name)}
+        if out:
+            result = out["results"][0]
+            row["tokens_per_second"] = result[f"{kind}_tokens_per_second"]
+            row["device"] = out["device"]
+        rows.append(row)
+        print_row(row)
+    if made and not a.keep:
+        model.unlink()
+
+
+def print_row(row):
+    rate, other = row.get("tokens_per_second"), row["llama_cpp"]
+    print(f"{row['shape'] + ' ' + row['mix']:<12} {row['case']:<22} "
+          + (f"{rate:>10.1f} {rate / row['limit']:>9.0%} " if rate else f"{'failed':>10} {'':>9} ")
+          + (f"{other:>10} {rate / other:>6.2f}x" if rate and other else f"{other or '':>10}"), flush=True)
+
+
+def main():
+    a = parse()
+    rows = []
+    print(f"{'model':<12} {'case':<22} {'tok/s':>10} {'of limit':>9} {'llama.cpp':>10} {'ratio':>7}")
+    for shape in a.shapes.split(","):
+        for mix in a.mixes.split(","):
+            if shape != "70b" or mix == "q4_k_m":  # others do not fit
+                bench_model(a, shape, mix, rows)
+    out = a.json or a.build / "gpu-bench.json"
+    out.write_text(json.dumps({"bytes_per_second": BYTES_PER_SECOND, "operations_per_second": OPERATIONS_PER_SECOND,
+                               "results": rows}, indent=1) + "\n")
+    print(f"figures: {out}", file=sys.stderr)
+    sys.exit(any("tokens_per_second" not in row for row in rows))
+
+
+if __name__ == "__main__":
+    main()
