@@ -441,6 +441,11 @@ void config_forget_environment(const struct option *options)
     unsetenv("STRATA_CONFIG");
 }
 
+void config_export(const char *name, const char *value)
+{
+    setenv(name, value, 0);
+}
+
 static int read_defaults(struct config *config, struct error *error)
 {
     int status = STATUS_OK;

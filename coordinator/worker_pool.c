@@ -206,6 +206,18 @@ static uint32_t common_level(const struct worker_pool *pool, const struct member
     return level;
 }
 
+// The edge that leaves a stage; a stage alone has none.
+static enum wire_link link_after(const struct worker_pool *pool, uint32_t stage)
+{
+    uint32_t n = pool->plan.n_stages;
+    return n > 1 ? pool_choose_link(pool->stages[stage], pool->stages[(stage + 1) % n]) : WIRE_LINK_SOCKET;
+}
+
+static enum wire_link link_before(const struct worker_pool *pool, uint32_t stage)
+{
+    return link_after(pool, (stage + pool->plan.n_stages - 1) % pool->plan.n_stages);
+}
+
 static void assign(struct worker_pool *pool, uint32_t stage)
 {
     struct member *member = pool->stages[stage];
@@ -218,6 +230,7 @@ static void assign(struct worker_pool *pool, uint32_t stage)
     member->total_bytes = share->weight_bytes;
     member->steps_done = member->compute_us = 0;
     member->busy = 0;
+    member->link_id_length = 0;
     struct wire_coordinator_message message = {.kind = WIRE_ASSIGN,
                                                .epoch = pool->epoch,
                                                .stage = stage,
@@ -228,10 +241,13 @@ static void assign(struct worker_pool *pool, uint32_t stage)
                                                .n_pages = pool->n_pages,
                                                .context = pool->options.context,
                                                .max_positions = pool->options.max_positions,
-                                               .level = common_level(pool, member)};
-    log_info("epoch %" PRIu64 ": stage %u of %u, layers %u to %u, goes to worker %s (%s)", pool->epoch, stage,
-             pool->plan.n_stages, share->first_layer, share->first_layer + share->n_layers - 1, member->name,
-             member->device);
+                                               .level = common_level(pool, member),
+                                               .next_link = link_after(pool, stage),
+                                               .previous_link = link_before(pool, stage)};
+    log_info("epoch %" PRIu64 ": stage %u of %u, layers %u to %u, goes to worker %s (%s)%s", pool->epoch,
+             stage, pool->plan.n_stages, share->first_layer, share->first_layer + share->n_layers - 1,
+             member->name, member->device,
+             message.next_link == WIRE_LINK_NCCL ? ", linked to the next one over NCCL" : "");
     pool_send(pool, member, &message);
 }
 
@@ -274,9 +290,12 @@ static void start_linking(struct worker_pool *pool)
     pool->state = WIRE_POOL_LINKING;
     uint32_t n = pool->plan.n_stages;
     for (uint32_t s = 0; s < n; s++) {
-        struct wire_coordinator_message connect = {.kind = WIRE_CONNECT,
-                                                   .epoch = pool->epoch,
-                                                   .next_address = pool->stages[(s + 1) % n]->link_address};
+        const struct member *previous = pool->stages[(s + n - 1) % n];
+        struct wire_coordinator_message connect = {
+            .kind = WIRE_CONNECT,
+            .epoch = pool->epoch,
+            .next_address = pool->stages[(s + 1) % n]->link_address,
+            .previous_id = {.data = previous->link_id, .length = previous->link_id_length}};
         pool_send(pool, pool->stages[s], &connect);
     }
 }
@@ -347,9 +366,13 @@ static bool copy_hello(struct member *member, const struct wire_worker_message *
     member->device = strdup(hello->device);
     member->link_address = strdup(hello->link_address);
     member->host = strdup(hello->host);
+    member->device_id = strdup(hello->device_id);
     member->level = hello->level;
+    member->nccl = hello->nccl;
+    member->oversubscribe = hello->oversubscribe;
     member->pid = hello->pid;
-    return member->name && member->backend && member->device && member->link_address && member->host;
+    return member->name && member->backend && member->device && member->link_address && member->host &&
+           member->device_id;
 }
 
 // What the worker's device would have free if Strata's workers held nothing on it: on a CPU host the others'
@@ -403,10 +426,20 @@ static void take_hello(struct worker_pool *pool, struct member *member,
 }
 
 static void take_loaded(struct worker_pool *pool, struct member *member,
-                        const struct wire_worker_message *said)
+                        const struct wire_worker_message *said, int64_t now_us)
 {
     if (member->state != MEMBER_LOADING)
         return;
+    bool id_due = link_after(pool, (uint32_t)member->stage) == WIRE_LINK_NCCL;
+    if (said->link_id.length > (id_due ? MAX_LINK_ID : 0) || (id_due && said->link_id.length == 0)) {
+        fail_epoch(pool, member, now_us, "could not begin its link",
+                   id_due ? "it sent no id that its neighbour could use"
+                          : "it sent an id that nobody asked for");
+        return;
+    }
+    member->link_id_length = said->link_id.length;
+    if (id_due)
+        memcpy(member->link_id, said->link_id.data, said->link_id.length);
     member->state = MEMBER_LOADED;
     member->weight_bytes = said->weight_bytes;
     member->kv_bytes = said->kv_bytes;
@@ -464,7 +497,7 @@ static bool take_epoch_message(struct worker_pool *pool, struct member *member,
         member->total_bytes = said->total_bytes;
         return false;
     case WIRE_LOADED:
-        take_loaded(pool, member, said);
+        take_loaded(pool, member, said, now_us);
         return false;
     case WIRE_LINKED:
         if (pool->state == WIRE_POOL_LINKING)

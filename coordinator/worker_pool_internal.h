@@ -12,6 +12,7 @@ enum {
     MAX_JOINED = 256,      // Join streams at once
     MAX_INBOX = 1024,      // messages of one worker that nobody has read yet
     MAX_WORKER_NAME = 128, // bytes
+    MAX_LINK_ID = 256,     // bytes
 };
 
 // One message as it came in.
@@ -47,8 +48,11 @@ struct member {
     enum member_state state;
     bool leaving;  // told goodbye or cut off: whatever it still says is not heard
     char why[128]; // it was cut off
-    char *name, *backend, *device, *link_address, *host;
-    uint32_t level;
+    char *name, *backend, *device, *link_address, *host, *device_id;
+    uint32_t level, nccl;
+    bool oversubscribe;
+    char link_id[MAX_LINK_ID]; // of this epoch, for the edge to the next stage
+    size_t link_id_length;
     uint64_t pid;
     uint64_t memory; // it would have free if it held nothing of ours
     uint32_t failures;
@@ -130,6 +134,8 @@ void pool_cut(struct member *member, const char *text);
 bool pool_deal(const struct worker_pool *pool, struct member *stages[]);
 void pool_remember(struct worker_pool *pool, const struct member *member);
 void pool_recall(const struct worker_pool *pool, struct member *member);
+// How the edge from one worker to the next is linked.
+enum wire_link pool_choose_link(const struct member *from, const struct member *to);
 // Pages that fit beside the weights on every device; on a CPU host the workers share one memory.
 int pool_count_pages(const struct worker_pool_options *options, const struct shard_plan *plan,
                      struct member *const stages[], uint32_t *n_pages, struct error *error);

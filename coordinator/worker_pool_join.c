@@ -161,6 +161,7 @@ void pool_member_free(struct member *member)
     free(member->device);
     free(member->link_address);
     free(member->host);
+    free(member->device_id);
     free(member);
 }
 

@@ -99,6 +99,15 @@ void pool_recall(const struct worker_pool *pool, struct member *member)
     }
 }
 
+// One GPU has no edge with itself, unless two test workers share it and said so. A GPU without a name could
+// be any.
+enum wire_link pool_choose_link(const struct member *from, const struct member *to)
+{
+    bool able = from->nccl != 0 && from->nccl == to->nccl && from->device_id[0] && to->device_id[0];
+    bool apart = able && strcmp(from->device_id, to->device_id) != 0;
+    return able && (apart || (from->oversubscribe && to->oversubscribe)) ? WIRE_LINK_NCCL : WIRE_LINK_SOCKET;
+}
+
 static bool shares_memory(const struct member *a, const struct member *b)
 {
     return a == b || (strcmp(a->backend, "cpu") == 0 && strcmp(b->backend, "cpu") == 0 &&

@@ -183,6 +183,9 @@ enum {
     WIRE_POOL_PROTOCOL = 2
 }; // what a worker's hello must say: raised when old and new cannot work together
 
+// How an edge of the pool is linked; as in the proto.
+enum wire_link { WIRE_LINK_SOCKET, WIRE_LINK_NCCL };
+
 enum wire_worker_kind {
     WIRE_HELLO = 1,
     WIRE_PROGRESS,
@@ -196,12 +199,15 @@ struct wire_worker_message {
     enum wire_worker_kind kind;
     uint64_t epoch; // all but HELLO
     // HELLO
-    const char *worker, *backend, *device, *link_address, *host;
-    uint32_t protocol, level, threads;
+    const char *worker, *backend, *device, *link_address, *host, *device_id;
+    uint32_t protocol, level, threads, nccl;
+    bool oversubscribe;
     uint64_t fingerprint, memory_free, pid;
     // PROGRESS, LOADED
     uint64_t done_bytes, total_bytes, weight_bytes, kv_bytes, source_bytes, load_us;
     uint32_t n_weights;
+    // LOADED
+    struct wire_text link_id; // bytes
     // RESULT: decoded into the caller's step_result when one is given, else memory of the arena
     struct step_result *result;
     // FAILED
@@ -226,8 +232,10 @@ struct wire_coordinator_message {
     uint64_t epoch;
     // ASSIGN
     uint32_t stage, n_stages, first_layer, n_layers, n_slots, n_pages, context, max_positions, level;
+    enum wire_link next_link, previous_link;
     // CONNECT
     const char *next_address;
+    struct wire_text previous_id; // bytes
     // STEP: decoded into the caller's step_plan (set before decoding), validated only structurally
     struct step_plan *plan;
     // ABORT, GOODBYE

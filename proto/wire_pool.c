@@ -58,6 +58,20 @@ static void put_hello(struct wire_encoder *e, Strata__V1__Hello *to, const struc
     to->threads = from->threads;
     to->pid = from->pid;
     to->host = wire_put_cstr(e, from->host);
+    to->nccl = from->nccl;
+    to->device_id = wire_put_cstr(e, from->device_id);
+    to->oversubscribe = from->oversubscribe;
+}
+
+// Bytes that are no text: the generated code only reads them.
+static ProtobufCBinaryData put_bytes(struct wire_text from)
+{
+    return (ProtobufCBinaryData){.len = from.length, .data = (uint8_t *)from.data};
+}
+
+static struct wire_text take_bytes(ProtobufCBinaryData from)
+{
+    return (struct wire_text){.data = (const char *)from.data, .length = from.len};
 }
 
 static void put_loaded(Strata__V1__Loaded *to, const struct wire_worker_message *from)
@@ -69,6 +83,7 @@ static void put_loaded(Strata__V1__Loaded *to, const struct wire_worker_message 
     to->source_bytes = from->source_bytes;
     to->load_us = from->load_us;
     to->n_weights = from->n_weights;
+    to->link_id = put_bytes(from->link_id);
 }
 
 static void put_failed(struct wire_encoder *e, Strata__V1__Failed *to, const struct wire_worker_message *from)
@@ -158,6 +173,9 @@ static void take_hello(struct wire_decoder *d, struct wire_worker_message *out, 
     out->threads = from->threads;
     out->pid = from->pid;
     out->host = wire_take_cstr(d, from->host, "host");
+    out->nccl = from->nccl;
+    out->device_id = wire_take_cstr(d, from->device_id, "device_id");
+    out->oversubscribe = from->oversubscribe;
 }
 
 static void take_loaded(struct wire_worker_message *out, const Strata__V1__Loaded *from)
@@ -168,6 +186,7 @@ static void take_loaded(struct wire_worker_message *out, const Strata__V1__Loade
     out->source_bytes = from->source_bytes;
     out->load_us = from->load_us;
     out->n_weights = from->n_weights;
+    out->link_id = take_bytes(from->link_id);
 }
 
 static void take_failed(struct wire_decoder *d, struct wire_worker_message *out,
@@ -247,6 +266,7 @@ int wire_decode_worker_message(struct wire_worker_message *out, const uint8_t *b
                                         .device = "",
                                         .link_address = "",
                                         .host = "",
+                                        .device_id = "",
                                         .text = ""};
     if (kind == WIRE_RESULT)
         return take_result(&d, out, &field);
@@ -272,6 +292,8 @@ static void put_assign(Strata__V1__Assign *to, const struct wire_coordinator_mes
     to->context = from->context;
     to->max_positions = from->max_positions;
     to->level = from->level;
+    to->next_link = (Strata__V1__LinkKind)from->next_link;
+    to->previous_link = (Strata__V1__LinkKind)from->previous_link;
 }
 
 static int encode_plan(struct wire_bytes *to, const struct step_plan *plan)
@@ -305,6 +327,7 @@ int wire_encode_coordinator_message(struct wire_bytes *to, const struct wire_coo
         strata__v1__connect__init(&body.connect);
         body.connect.epoch = from->epoch;
         body.connect.next_address = wire_put_cstr(&e, from->next_address);
+        body.connect.previous_id = put_bytes(from->previous_id);
         break;
     case WIRE_ABORT:
         strata__v1__abort__init(&body.abort);
@@ -339,6 +362,8 @@ static void take_assign(struct wire_coordinator_message *out, const Strata__V1__
     out->context = from->context;
     out->max_positions = from->max_positions;
     out->level = from->level;
+    out->next_link = (enum wire_link)from->next_link;
+    out->previous_link = (enum wire_link)from->previous_link;
 }
 
 static void take_coordinator_body(struct wire_decoder *d, struct wire_coordinator_message *out,
@@ -352,6 +377,7 @@ static void take_coordinator_body(struct wire_decoder *d, struct wire_coordinato
     case STRATA__V1__COORDINATOR_MESSAGE__KIND_CONNECT:
         out->epoch = m->connect->epoch;
         out->next_address = wire_take_cstr(d, m->connect->next_address, "next_address");
+        out->previous_id = take_bytes(m->connect->previous_id);
         break;
     case STRATA__V1__COORDINATOR_MESSAGE__KIND_ABORT:
         out->epoch = m->abort->epoch;

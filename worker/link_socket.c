@@ -1,6 +1,7 @@
-// Links over stream sockets, TCP or unix, between CPU workers. A connection opens with a hello from each end
-// (magic, epoch, stage, number of stages); after that every frame is a header and its payload, little-endian.
-// Whoever waits is asleep in the kernel: several workers may share two cores.
+// Links over stream sockets, TCP or unix: for CPU workers, and between two that have no NCCL in common. A
+// connection opens with a hello from each end (magic, epoch, stage, number of stages); after that every frame
+// is a header and its payload, little-endian. Whoever waits is asleep in the kernel: several workers may
+// share two cores.
 //
 // A link belongs to the executor's thread. link_abort only sets a flag and shuts the socket down, which wakes
 // a sleeping call; the caller keeps it from racing with close.
@@ -169,6 +170,11 @@ static int socket_receive(struct link *base, uint64_t number, void *data, size_t
     return status ? status : read_fully(link, data, bytes, error);
 }
 
+static int socket_check(struct link *base, struct error *error)
+{
+    return STATUS_OK;
+}
+
 static void socket_abort(struct link *base)
 {
     struct socket_link *link = (struct socket_link *)base;
@@ -185,7 +191,16 @@ static void socket_close(struct link *base)
     free(link);
 }
 
-static const struct link_ops SOCKET_OPS = {socket_send, socket_receive, socket_abort, socket_close};
+static const struct link_ops SOCKET_OPS = {socket_send, socket_receive, socket_check, socket_abort,
+                                           socket_close};
+
+struct link_connection link_socket_release(struct link *base)
+{
+    struct socket_link *link = (struct socket_link *)base;
+    struct link_connection connection = {link->fd, link->epoch, link->stage, link->peer};
+    free(link);
+    return connection;
+}
 
 // --- building the links of an epoch ---
 
@@ -373,8 +388,11 @@ static struct link *new_link(const struct meeting *meeting, int fd, uint32_t pee
     if (!link)
         return NULL;
     fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK);
-    *link = (struct socket_link){
-        .base = {&SOCKET_OPS}, .fd = fd, .epoch = meeting->epoch, .stage = meeting->stage, .peer = peer};
+    *link = (struct socket_link){.base = {.ops = &SOCKET_OPS},
+                                 .fd = fd,
+                                 .epoch = meeting->epoch,
+                                 .stage = meeting->stage,
+                                 .peer = peer};
     return &link->base;
 }
 

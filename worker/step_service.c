@@ -19,6 +19,7 @@
 #include "common/log.h"
 #include "common/queue.h"
 #include "worker/executor.h"
+#include "worker/stage_links.h"
 #include "worker/weight_cache.h"
 #include "worker/weight_file.h"
 
@@ -27,20 +28,23 @@ enum {
     JOBS = PLANS + 32,
     PROGRESS_US = 100000, // between two reports of a load
     ADDRESS_BYTES = 128,
-    SPIN_US = 50, // how long a look-out for the device and for jobs is busy
-    NAP_US = 30,  // and how often it looks afterwards
+    SPIN_US = 50,    // how long a look-out for the device and for jobs is busy
+    NAP_US = 30,     // and how often it looks afterwards
+    CHECK_US = 1000, // between two looks at the links
 };
 
 enum job_kind { JOB_ASSIGN, JOB_CONNECT, JOB_STEP, JOB_TIDY };
 
 struct assignment {
     uint32_t stage, n_stages, first_layer, n_layers, n_slots, n_pages, context, max_positions, level;
+    enum wire_link next_link, previous_link;
 };
 struct job {
     enum job_kind kind;
     uint64_t epoch;
     struct assignment assignment;     // ASSIGN
     char next_address[ADDRESS_BYTES]; // CONNECT
+    struct stage_link_ids ids;        // CONNECT
     struct step_plan *plan;           // STEP
 };
 
@@ -55,12 +59,13 @@ struct step_service {
     uint64_t wanted_epoch; // 0: none
     int cancel;            // 1: what the thread is doing is not wanted (also read without the mutex)
     uint64_t jobs_queued, jobs_done;
-    struct link *to_next, *from_previous;
+    struct stage_links links;
     struct step_plan *free_plans[PLANS];
     uint32_t n_free;
     uint64_t epoch, steps_done, compute_us, wait_us, memory_free;
-    char description[160];
-    uint32_t level;
+    char description[160], device_id[64];
+    uint32_t level, nccl;
+    struct stage_link_ids ids; // `next` is there from a LOADED to its CONNECT, and used again if none comes
     // The device's thread.
     struct device *device;
     struct weight_cache *weights;
@@ -69,8 +74,8 @@ struct step_service {
     uint64_t executor_epoch, held_bytes; // KV pages and workspace
     struct assignment assignment;
     struct step_result result;
-    int64_t idle_since_us; // while steps are unfinished: when something happened last
-    int64_t progress_us;
+    int64_t idle_since_us;         // while steps are unfinished: when something happened last
+    int64_t progress_us, check_us; // last report of a load, last look at the links
     struct step_plan plans[PLANS];
 };
 
@@ -149,6 +154,10 @@ static int open_device(struct step_service *service, uint32_t level, struct erro
     pthread_mutex_lock(&service->mutex);
     service->level = device_level(device);
     snprintf(service->description, sizeof(service->description), "%s", device_describe(device));
+    service->nccl = service->options.no_nccl ? 0 : link_nccl_version(device);
+    service->device_id[0] = '\0';
+    if (service->nccl)
+        link_nccl_device_name(device, service->device_id, sizeof(service->device_id));
     pthread_mutex_unlock(&service->mutex);
     return STATUS_OK;
 }
@@ -169,13 +178,10 @@ static int change_level(struct step_service *service, uint32_t level, struct err
 static void close_links(struct step_service *service)
 {
     pthread_mutex_lock(&service->mutex);
-    struct link *next = service->to_next, *previous = service->from_previous;
-    service->to_next = service->from_previous = NULL;
+    struct stage_links links = service->links;
+    service->links = (struct stage_links){0};
     pthread_mutex_unlock(&service->mutex);
-    if (next)
-        next->ops->close(next);
-    if (previous)
-        previous->ops->close(previous);
+    stage_links_close(&links);
 }
 
 static void end_epoch(struct step_service *service)
@@ -207,7 +213,7 @@ static void fail(struct step_service *service, uint64_t epoch, const uint64_t *s
                                          .text = error->text,
                                          .has_step = step != NULL,
                                          .step = step ? *step : 0,
-                                         .peer_lost = step && error->status == STATUS_UNAVAILABLE};
+                                         .peer_lost = error->status == STATUS_UNAVAILABLE};
     log_warn("epoch %llu failed here: %s", (unsigned long long)epoch, error->text);
     say(service, &failed);
 }
@@ -254,6 +260,9 @@ static int check_assignment(const struct step_service *service, const struct ass
         return error_set(error, STATUS_CORRUPT, "stage %u of %u was given layers %u to %u of %u", a->stage,
                          a->n_stages, a->first_layer, a->first_layer + a->n_layers - 1,
                          service->options.spec->n_layers);
+    if ((a->next_link == WIRE_LINK_NCCL || a->previous_link == WIRE_LINK_NCCL) && service->nccl == 0)
+        return error_set(error, STATUS_UNSUPPORTED, "stage %u was to be linked over NCCL, which is not here",
+                         a->stage);
     return STATUS_OK;
 }
 
@@ -289,6 +298,40 @@ static int load_weights(struct step_service *service, uint64_t other_bytes, stru
     return weight_cache_precache(service->weights, &service->list, &load, totals, error);
 }
 
+static struct stage_edges edges_of(const struct step_service *service)
+{
+    const struct assignment *a = &service->assignment;
+    return (struct stage_edges){.stage = a->stage,
+                                .n_stages = a->n_stages,
+                                .n_slots = a->n_slots,
+                                .max_positions = a->max_positions,
+                                .width = service->options.spec->width,
+                                .next = a->next_link,
+                                .previous = a->previous_link};
+}
+
+// The id for the edge to the next stage. NCCL listens for the two ranks of each id it made until they came,
+// so one that nobody has seen used yet is offered again.
+static int offer_link_id(struct step_service *service, struct wire_worker_message *loaded,
+                         unsigned char id[LINK_NCCL_ID_BYTES], struct error *error)
+{
+    if (service->assignment.next_link != WIRE_LINK_NCCL)
+        return STATUS_OK;
+    pthread_mutex_lock(&service->mutex);
+    bool have = service->ids.has_next;
+    memcpy(id, service->ids.next, LINK_NCCL_ID_BYTES);
+    pthread_mutex_unlock(&service->mutex);
+    int status = have ? STATUS_OK : link_nccl_make_id(id, error);
+    if (status)
+        return status;
+    pthread_mutex_lock(&service->mutex);
+    service->ids.has_next = true;
+    memcpy(service->ids.next, id, LINK_NCCL_ID_BYTES);
+    pthread_mutex_unlock(&service->mutex);
+    loaded->link_id = (struct wire_text){.data = (const char *)id, .length = LINK_NCCL_ID_BYTES};
+    return STATUS_OK;
+}
+
 // Everything up to LOADED.
 static int load(struct step_service *service, const struct job *job, struct weight_totals *totals,
                 uint64_t *kv_bytes, struct error *error)
@@ -307,6 +350,8 @@ static int load(struct step_service *service, const struct job *job, struct weig
     struct executor_options options = executor_options_of(service, job->epoch);
     uint64_t workspace_bytes;
     status = executor_plan_bytes(&options, kv_bytes, &workspace_bytes, error);
+    const struct stage_edges edges = edges_of(service);
+    workspace_bytes += stage_links_plan_bytes(&edges);
     if (!status)
         status = load_weights(service, *kv_bytes + workspace_bytes, totals, error);
     if (!status)
@@ -327,7 +372,11 @@ static void run_assign(struct step_service *service, const struct job *job)
     int64_t start = clock_now_us();
     service->executor_epoch = job->epoch;
     service->progress_us = 0;
+    unsigned char link_id[LINK_NCCL_ID_BYTES];
+    struct wire_worker_message loaded = {.kind = WIRE_LOADED, .epoch = job->epoch};
     int status = load(service, job, &totals, &kv_bytes, &error);
+    if (!status)
+        status = offer_link_id(service, &loaded, link_id, &error);
     note_memory(service);
     if (status) {
         fail(service, job->epoch, NULL, &error);
@@ -341,13 +390,11 @@ static void run_assign(struct step_service *service, const struct job *job)
     log_info("stage %u of %u: layers %u to %u, %.1f MB of weights cached (%u loaded, %u kept), %.1f MB of KV",
              a->stage, a->n_stages, a->first_layer, a->first_layer + a->n_layers - 1,
              (double)totals.cached / 1e6, totals.n_loaded, totals.n_kept, (double)kv_bytes / 1e6);
-    struct wire_worker_message loaded = {.kind = WIRE_LOADED,
-                                         .epoch = job->epoch,
-                                         .weight_bytes = totals.cached,
-                                         .kv_bytes = kv_bytes,
-                                         .source_bytes = totals.source_bytes,
-                                         .load_us = (uint64_t)(clock_now_us() - start),
-                                         .n_weights = totals.n_loaded + totals.n_kept};
+    loaded.weight_bytes = totals.cached;
+    loaded.kv_bytes = kv_bytes;
+    loaded.source_bytes = totals.source_bytes;
+    loaded.load_us = (uint64_t)(clock_now_us() - start);
+    loaded.n_weights = totals.n_loaded + totals.n_kept;
     say(service, &loaded);
 }
 
@@ -355,24 +402,26 @@ static void run_assign(struct step_service *service, const struct job *job)
 
 static int link_stage(struct step_service *service, const struct job *job, struct error *error)
 {
-    const struct assignment *a = &service->assignment;
-    struct link *next = NULL, *previous = NULL;
     if (!service->executor || service->executor_epoch != job->epoch)
         return error_set(error, STATUS_CORRUPT, "the links of epoch %llu come before its weights",
                          (unsigned long long)job->epoch);
-    if (a->n_stages == 1)
-        return STATUS_OK;
-    int status =
-        link_socket_connect(&next, &previous, service->options.listener, job->next_address, job->epoch,
-                            a->stage, a->n_stages, service->options.link_timeout_us, &service->cancel, error);
+    const struct stage_links_options options = {.device = service->device,
+                                                .listener = service->options.listener,
+                                                .next_address = job->next_address,
+                                                .epoch = job->epoch,
+                                                .edges = edges_of(service),
+                                                .ids = job->ids,
+                                                .timeout_us = service->options.link_timeout_us,
+                                                .cancel = &service->cancel};
+    struct stage_links links;
+    int status = stage_links_make(&links, &options, error);
     if (status)
         return status;
     close_links(service);
     pthread_mutex_lock(&service->mutex);
-    service->to_next = next;
-    service->from_previous = previous;
+    service->links = links;
     pthread_mutex_unlock(&service->mutex);
-    executor_set_links(service->executor, next, previous);
+    executor_set_links(service->executor, links.to_next, links.from_previous);
     return STATUS_OK;
 }
 
@@ -411,6 +460,16 @@ static void report_step(struct step_service *service)
     say(service, &result);
 }
 
+// A device waits for ever for a neighbour that is gone.
+static int check_links(struct step_service *service, struct error *error)
+{
+    int64_t now = clock_now_us();
+    if (now - service->check_us < CHECK_US)
+        return STATUS_OK;
+    service->check_us = now;
+    return stage_links_check(&service->links, error); // only this thread makes and closes them
+}
+
 // Reports the steps that the device is done with. An epoch that is over ends with its unfinished steps, and
 // one in which a step fails. True when anything happened.
 static bool finish_steps(struct step_service *service)
@@ -423,6 +482,10 @@ static bool finish_steps(struct step_service *service)
             return true;
         }
         int status = executor_finish(service->executor, &service->result, false, &error);
+        if (status == EXECUTOR_PENDING && check_links(service, &error)) {
+            fail(service, service->executor_epoch, NULL, &error);
+            return true;
+        }
         if (status == EXECUTOR_PENDING)
             return any;
         any = true;
@@ -597,7 +660,9 @@ int step_service_assign(struct step_service *service, const struct wire_coordina
                                      .n_pages = assign->n_pages,
                                      .context = assign->context,
                                      .max_positions = assign->max_positions,
-                                     .level = assign->level}};
+                                     .level = assign->level,
+                                     .next_link = assign->next_link,
+                                     .previous_link = assign->previous_link}};
     return queue_job(service, &job);
 }
 
@@ -605,6 +670,13 @@ int step_service_connect(struct step_service *service, const struct wire_coordin
 {
     struct job job = {.kind = JOB_CONNECT, .epoch = connect->epoch};
     snprintf(job.next_address, sizeof(job.next_address), "%s", connect->next_address);
+    pthread_mutex_lock(&service->mutex);
+    job.ids = service->ids;
+    service->ids.has_next = false; // the neighbour uses it now
+    pthread_mutex_unlock(&service->mutex);
+    job.ids.has_previous = connect->previous_id.length == LINK_NCCL_ID_BYTES;
+    if (job.ids.has_previous)
+        memcpy(job.ids.previous, connect->previous_id.data, LINK_NCCL_ID_BYTES);
     return queue_job(service, &job);
 }
 
@@ -641,10 +713,7 @@ void step_service_abort(struct step_service *service, uint64_t epoch)
     if (meant) {
         service->wanted_epoch = 0;
         __atomic_store_n(&service->cancel, 1, __ATOMIC_RELEASE);
-        if (service->to_next)
-            service->to_next->ops->abort(service->to_next);
-        if (service->from_previous)
-            service->from_previous->ops->abort(service->from_previous);
+        stage_links_abort(&service->links);
     }
     pthread_mutex_unlock(&service->mutex);
     struct job tidy = {.kind = JOB_TIDY};
@@ -658,6 +727,7 @@ void step_service_reset(struct step_service *service)
     struct job tidy = {.kind = JOB_TIDY};
     queue_job(service, &tidy);
     pthread_mutex_lock(&service->mutex);
+    service->ids.has_next = false;
     while (service->jobs_done < service->jobs_queued)
         pthread_cond_wait(&service->idle, &service->mutex);
     pthread_mutex_unlock(&service->mutex);
@@ -670,6 +740,9 @@ void step_service_describe(struct step_service *service, struct wire_worker_mess
     hello->device = service->description;
     hello->level = service->level;
     hello->threads = service->options.device.threads;
+    hello->nccl = service->nccl;
+    hello->device_id = service->device_id;
+    hello->oversubscribe = service->options.oversubscribe;
     hello->memory_free = service->memory_free;
     pthread_mutex_unlock(&service->mutex);
 }

@@ -24,7 +24,9 @@ struct step_service_options {
     const struct gguf *gguf; // outlive the service
     const struct model_spec *spec;
     struct link_listener *listener;
-    uint64_t memory; // budget for weights and KV in bytes, 0 = what the device has
+    bool no_nccl;       // link over sockets only
+    bool oversubscribe; // this process may share its GPU with a neighbour
+    uint64_t memory;    // budget for weights and KV in bytes, 0 = what the device has
     int64_t link_timeout_us;
     // Called by the device's thread; `message` and what it points to are valid during the call.
     void (*say)(void *context, const struct wire_worker_message *message);
@@ -50,7 +52,7 @@ void step_service_abort(struct step_service *service, uint64_t epoch);
 // Ends whatever epoch there is and waits until the device's thread is idle.
 void step_service_reset(struct step_service *service);
 
-// Device, level, threads and memory of a Hello; numbers of a heartbeat. Any thread.
+// Device, level, threads, links and memory of a Hello; numbers of a heartbeat. Any thread.
 void step_service_describe(struct step_service *service, struct wire_worker_message *hello);
 void step_service_beat(struct step_service *service, struct wire_worker_message *beat);
 uint64_t step_service_epoch(struct step_service *service); // assigned and not over; 0: none

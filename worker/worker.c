@@ -95,6 +95,8 @@ static int open_parts(struct worker *worker, struct error *error)
                                            .gguf = worker->gguf,
                                            .spec = &worker->spec,
                                            .listener = worker->listener,
+                                           .no_nccl = options->no_nccl,
+                                           .oversubscribe = options->oversubscribe,
                                            .memory = options->memory,
                                            .link_timeout_us = options->link_timeout_us,
                                            .say = say,

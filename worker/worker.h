@@ -3,6 +3,7 @@
 #ifndef STRATA_WORKER_H
 #define STRATA_WORKER_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "common/status.h"
@@ -20,6 +21,8 @@ struct worker_options {
     uint64_t memory;            // bytes for weights and KV, 0 = what the device has
     int64_t connect_timeout_us; // without a coordinator, 0 = for ever
     int64_t link_timeout_us;
+    bool no_nccl;                            // link over sockets only
+    bool oversubscribe;                      // link with a neighbour on the same GPU
     const char *tls_ca, *tls_cert, *tls_key; // NULL = plaintext
 };
 

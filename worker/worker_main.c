@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "common/config.h"
 #include "common/limits.h"
@@ -46,6 +47,10 @@ static const struct option OPTIONS[] = {
      "Give up after so long without a coordinator; 0 waits for ever.", 0, 1e6},
     {"link-timeout", 0, OPTION_FLOAT, "SECONDS", "30", "How long the links of a pool may take to be built.",
      0.1, 1e6},
+    {"nccl", 0, OPTION_FLAG, NULL, "yes",
+     "Link GPUs over NCCL where both neighbours can (--no-nccl: over sockets).", 0, 0},
+    {"oversubscribe", 0, OPTION_FLAG, NULL, NULL,
+     "Let workers that share a GPU link over NCCL: slow, for tests. All of them need it.", 0, 0},
     {"tls-ca", 0, OPTION_STRING, "FILE", NULL, "Dial the coordinator with TLS, trusting this PEM file.", 0,
      0},
     {"tls-cert", 0, OPTION_STRING, "FILE", NULL, "Our own certificate, for a coordinator that asks.", 0, 0},
@@ -125,6 +130,8 @@ static int read_options(const struct config *config, struct worker_options *opti
         .memory = (uint64_t)config_int(config, "memory"),
         .connect_timeout_us = (int64_t)(config_float(config, "connect-timeout") * 1e6),
         .link_timeout_us = (int64_t)(config_float(config, "link-timeout") * 1e6),
+        .no_nccl = !config_flag(config, "nccl"),
+        .oversubscribe = config_flag(config, "oversubscribe"),
         .tls_ca = config_string(config, "tls-ca"),
         .tls_cert = config_string(config, "tls-cert"),
         .tls_key = config_string(config, "tls-key"),
@@ -181,6 +188,14 @@ static int dump_logits(const struct config *config, const struct worker_options 
         status = worker_dump_logits(options->model, &options->device, config_string(config, "logits"),
                                     config_string(config, "save"), &error);
     return status ? complain(status, &error) : EXIT_SUCCESS;
+}
+
+// NCCL refuses two ranks on one device; ranks of two hosts it takes. So each process is a host of its own.
+static void pose_as_host(void)
+{
+    char name[32];
+    snprintf(name, sizeof(name), "strata-%ld", (long)getpid());
+    config_export("NCCL_HOSTID", name);
 }
 
 struct running {
@@ -259,6 +274,8 @@ int main(int argc, char **argv)
         choose_backend(&options);
         code = dump_logits(config, &options);
     } else {
+        if (options.oversubscribe)
+            pose_as_host(); // before there are threads
         code = join_pool(&options);
     }
     config_free(config);

@@ -35,7 +35,8 @@ DOORS = [
     (re.compile(r"<grpc/"), re.compile(r"common/rpc_\w+\.[ch]$"), "common/rpc_*.c"),
     (re.compile(r"pb-c\.h[>\"]"), re.compile(r"proto/wire\w*\.[ch]$"), "proto/wire*.c"),
     (re.compile(r"<nccl"), re.compile(r"worker/link_nccl\.c$"), "worker/link_nccl.c"),
-    (re.compile(r"<(cuda|cublas|cooperative_groups)"), re.compile(r"kernels/cuda/"), "kernels/cuda"),
+    (re.compile(r"<(cuda|cublas|cooperative_groups)"), re.compile(r"kernels/cuda/|worker/link_nccl\.c$"),
+     "kernels/cuda (and worker/link_nccl.c)"),
 ]
 
 # Rooms of the coordinator: a file belongs to the room whose name it begins with. The hall (coordinator*) calls each;

@@ -314,6 +314,22 @@ START_TEST(results_go_there_and_back)
 }
 END_TEST
 
+static void expect_same_bytes(struct wire_text out, struct wire_text in)
+{
+    ck_assert_uint_eq(out.length, in.length);
+    ck_assert(in.length == 0 || memcmp(out.data, in.data, in.length) == 0);
+}
+
+static void expect_same_strings(const struct wire_worker_message *out, const struct wire_worker_message *in)
+{
+    ck_assert_str_eq(out->worker, in->worker ? in->worker : "");
+    ck_assert_str_eq(out->backend, in->backend ? in->backend : "");
+    ck_assert_str_eq(out->device, in->device ? in->device : "");
+    ck_assert_str_eq(out->link_address, in->link_address ? in->link_address : "");
+    ck_assert_str_eq(out->host, in->host ? in->host : "");
+    ck_assert_str_eq(out->device_id, in->device_id ? in->device_id : "");
+}
+
 START_TEST(worker_messages_go_there_and_back)
 {
     static const struct wire_worker_message messages[] = {
@@ -326,6 +342,9 @@ START_TEST(worker_messages_go_there_and_back)
          .host = "host",
          .protocol = 1,
          .level = 3,
+         .nccl = 22809,
+         .device_id = "GPU-0123",
+         .oversubscribe = true,
          .threads = 2,
          .fingerprint = UINT64_MAX,
          .memory_free = 1ull << 40,
@@ -337,7 +356,8 @@ START_TEST(worker_messages_go_there_and_back)
          .kv_bytes = 2,
          .source_bytes = 3,
          .load_us = 4,
-         .n_weights = 9},
+         .n_weights = 9,
+         .link_id = {.data = "id\0of\xFFten.", .length = 10}},
         {.kind = WIRE_LINKED, .epoch = 8},
         {.kind = WIRE_FAILED,
          .epoch = 2,
@@ -372,11 +392,9 @@ START_TEST(worker_messages_go_there_and_back)
         ck_assert(out.n_weights == in->n_weights && out.has_step == in->has_step && out.step == in->step);
         ck_assert(out.peer_lost == in->peer_lost && out.steps_done == in->steps_done);
         ck_assert(out.compute_us == in->compute_us && out.wait_us == in->wait_us);
-        ck_assert_str_eq(out.worker, in->worker ? in->worker : "");
-        ck_assert_str_eq(out.backend, in->backend ? in->backend : "");
-        ck_assert_str_eq(out.device, in->device ? in->device : "");
-        ck_assert_str_eq(out.link_address, in->link_address ? in->link_address : "");
-        ck_assert_str_eq(out.host, in->host ? in->host : "");
+        expect_same_strings(&out, in);
+        ck_assert(out.nccl == in->nccl && out.oversubscribe == in->oversubscribe);
+        expect_same_bytes(out.link_id, in->link_id);
         ck_assert_str_eq(out.text, in->text ? in->text : "");
     }
     arena_free(&arena);
@@ -397,8 +415,11 @@ START_TEST(coordinator_messages_go_there_and_back)
          .n_pages = 7,
          .context = 8,
          .max_positions = 9,
-         .level = 10},
+         .level = 10,
+         .next_link = WIRE_LINK_NCCL},
+        {.kind = WIRE_ASSIGN, .previous_link = WIRE_LINK_NCCL},
         {.kind = WIRE_CONNECT, .epoch = 3, .next_address = "unix:/next"},
+        {.kind = WIRE_CONNECT, .next_address = "h:1", .previous_id = {.data = "\0\1", .length = 2}},
         {.kind = WIRE_ABORT, .epoch = 4, .text = "a worker was lost"},
         {.kind = WIRE_GOODBYE, .status = STATUS_INVALID, .text = "another model", .retry = true},
         {.kind = WIRE_COORDINATOR_HEARTBEAT, .epoch = 6},
@@ -419,6 +440,8 @@ START_TEST(coordinator_messages_go_there_and_back)
         ck_assert(out.level == in->level && out.status == in->status && out.retry == in->retry);
         ck_assert_str_eq(out.text, in->text ? in->text : "");
         ck_assert_str_eq(out.next_address, in->next_address ? in->next_address : "");
+        ck_assert(out.next_link == in->next_link && out.previous_link == in->previous_link);
+        expect_same_bytes(out.previous_id, in->previous_id);
     }
     arena_free(&arena);
     wire_bytes_free(&bytes);

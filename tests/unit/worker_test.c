@@ -408,6 +408,23 @@ START_TEST(test_epochs_of_one_worker)
 }
 END_TEST
 
+// The other side's mistake: this worker computes on a CPU.
+START_TEST(test_a_link_that_cannot_be_ends_the_epoch_only)
+{
+    START_ONE(running);
+    ck_assert_uint_eq(expect(join, WIRE_HELLO).nccl, 0);
+    struct wire_coordinator_message assign = assignment(4, 0, 2);
+    assign.next_link = WIRE_LINK_NCCL;
+    tell(join, &assign);
+    struct wire_worker_message failed = expect(join, WIRE_FAILED);
+    ck_assert_uint_eq(failed.epoch, 4);
+    ck_assert_msg(strstr(failed.text, "NCCL, which is not here"), "%s", failed.text);
+    ck_assert_uint_eq(load(join, 5, 0, 1).link_id.length, 0);
+    link_alone(join, 5);
+    end_worker(&running);
+}
+END_TEST
+
 // Two workers as a pipeline; leaves them linked under `epoch`.
 static void link_pair(struct running pair[2], struct join *stages[2], uint64_t epoch)
 {
@@ -729,6 +746,7 @@ Suite *make_suite(void)
     tcase_set_timeout(tests, 90);
     tcase_add_test(tests, test_hello_says_who_is_there);
     tcase_add_loop_test(tests, test_epochs_of_one_worker, 0, 2);
+    tcase_add_test(tests, test_a_link_that_cannot_be_ends_the_epoch_only);
     tcase_add_loop_test(tests, test_a_pipeline_gives_the_same_tokens_as_one_worker, 0, 2);
     tcase_add_loop_test(tests, test_a_lost_neighbour_is_reported_and_survived, 0, 2);
     tcase_add_test(tests, test_abort_wakes_a_worker_that_waits_for_its_neighbour);
