@@ -1,6 +1,6 @@
-// A GPU as a device: opening it, its description, its faults. Everything runs on one stream of its own, in the
-// order of the calls. Called by the executor's thread, except that the thread that opens the device may be
-// another: cuda_enter sees to it that CUDA's idea of the current GPU follows.
+// A GPU as a device: opening it, its description, its faults. Everything runs on one stream of its own, in
+// the order of the calls. Called by the executor's thread, except that the thread that opens the device may
+// be another: cuda_enter sees to it that CUDA's idea of the current GPU follows.
 #include "kernels/cuda/cuda_internal.h"
 
 #include <stdio.h>

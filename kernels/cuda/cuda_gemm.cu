@@ -1,9 +1,9 @@
-// Products with the rows of prompts: weights unpacked to halves, then cuBLASLt with f32 sums. Unpacking costs a
-// write and a read of two bytes a weight, which many rows share.
+// Products with the rows of prompts: weights unpacked to halves, then cuBLASLt with f32 sums. Unpacking costs
+// a write and a read of two bytes a weight, which many rows share.
 //
-// The library's algorithms are pinned: the heuristic is asked once for a shape of weights, for a fixed number of
-// rows and without split sums, and its answer is used for any number of rows, so that a row's bits do not depend
-// on the length of its chunk. Queued by the executor's thread, which owns the handle.
+// The library's algorithms are pinned: the heuristic is asked once for a shape of weights, for a fixed number
+// of rows and without split sums, and its answer is used for any number of rows, so that a row's bits do not
+// depend on the length of its chunk. Queued by the executor's thread, which owns the handle.
 #include <cublasLt.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -19,7 +19,8 @@ struct gemm_shape {
 
 struct cuda_gemm {
     cublasLtHandle_t handle;
-    cublasLtMatmulDesc_t product; // out = W^T x, all column-major: the library's way to see row-major operands
+    cublasLtMatmulDesc_t
+        product; // out = W^T x, all column-major: the library's way to see row-major operands
     struct {
         struct gemm_shape shape;
         cublasLtMatmulAlgo_t algorithm;
@@ -77,11 +78,13 @@ struct gemm_layouts {
 static bool make_layouts(struct cuda_device *device, const struct gemm_shape *shape, uint32_t rows,
                          struct gemm_layouts *out)
 {
-    return !gemm_failed(device, cublasLtMatrixLayoutCreate(&out->weights, CUDA_R_16F, shape->k, shape->n, shape->k),
+    return !gemm_failed(device,
+                        cublasLtMatrixLayoutCreate(&out->weights, CUDA_R_16F, shape->k, shape->n, shape->k),
                         "describing a product") &&
            !gemm_failed(device, cublasLtMatrixLayoutCreate(&out->x, CUDA_R_16F, shape->k, rows, shape->k),
                         "describing a product") &&
-           !gemm_failed(device, cublasLtMatrixLayoutCreate(&out->out, CUDA_R_32F, shape->n, rows, shape->stride),
+           !gemm_failed(device,
+                        cublasLtMatrixLayoutCreate(&out->out, CUDA_R_32F, shape->n, rows, shape->stride),
                         "describing a product");
 }
 
@@ -95,7 +98,8 @@ static void drop_layouts(struct gemm_layouts *layouts)
         cublasLtMatrixLayoutDestroy(layouts->out);
 }
 
-static bool ask_heuristic(struct cuda_device *device, const struct gemm_shape *shape, cublasLtMatmulAlgo_t *out)
+static bool ask_heuristic(struct cuda_device *device, const struct gemm_shape *shape,
+                          cublasLtMatmulAlgo_t *out)
 {
     struct cuda_gemm *gemm = device->gemm;
     struct gemm_layouts layouts = {};
@@ -116,8 +120,9 @@ static bool ask_heuristic(struct cuda_device *device, const struct gemm_shape *s
         cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &alignment,
                                              sizeof(alignment));
         made = !gemm_failed(device,
-                            cublasLtMatmulAlgoGetHeuristic(gemm->handle, gemm->product, layouts.weights, layouts.x,
-                                                           layouts.out, layouts.out, wish, 1, &found, &count),
+                            cublasLtMatmulAlgoGetHeuristic(gemm->handle, gemm->product, layouts.weights,
+                                                           layouts.x, layouts.out, layouts.out, wish, 1,
+                                                           &found, &count),
                             "choosing a product's algorithm");
         if (made && count == 0)
             made = !gemm_failed(device, CUBLAS_STATUS_NOT_SUPPORTED, "choosing a product's algorithm");
@@ -128,7 +133,8 @@ static bool ask_heuristic(struct cuda_device *device, const struct gemm_shape *s
     return made;
 }
 
-static const cublasLtMatmulAlgo_t *pinned_algorithm(struct cuda_device *device, const struct gemm_shape *shape)
+static const cublasLtMatmulAlgo_t *pinned_algorithm(struct cuda_device *device,
+                                                    const struct gemm_shape *shape)
 {
     struct cuda_gemm *gemm = device->gemm;
     for (uint32_t i = 0; i < gemm->n_pinned; i++) {
@@ -160,8 +166,8 @@ extern "C" void cuda_gemm(struct cuda_device *device, const struct activation *x
     struct activation_view view = activation_view_of(x);
     uint32_t generated = x->n_generated < rows ? x->n_generated : rows, count = rows - generated;
     float *out = part->out + (size_t)generated * part->out_stride;
-    struct gemm_shape shape = {part->weight->rows, view.k_blocks * CUDA_K_BLOCK, part->out_stride, part->accumulate,
-                               part->out_stride % 4 == 0 && (uintptr_t)part->out % 16 == 0};
+    struct gemm_shape shape = {part->weight->rows, view.k_blocks * CUDA_K_BLOCK, part->out_stride,
+                               part->accumulate, part->out_stride % 4 == 0 && (uintptr_t)part->out % 16 == 0};
     void *weights = cuda_scratch(device, (size_t)shape.n * shape.k * sizeof(__half));
     const cublasLtMatmulAlgo_t *algorithm = weights ? pinned_algorithm(device, &shape) : NULL;
     struct gemm_layouts layouts = {};
@@ -171,9 +177,9 @@ extern "C" void cuda_gemm(struct cuda_device *device, const struct activation *x
     cuda_matrix_unpack(device, part->weight, weights);
     if (make_layouts(device, &shape, count, &layouts))
         gemm_failed(device,
-                    cublasLtMatmul(device->gemm->handle, device->gemm->product, &alpha, weights, layouts.weights,
-                                   view.rows, layouts.x, &beta, out, layouts.out, out, layouts.out, algorithm, NULL, 0,
-                                   device->stream),
+                    cublasLtMatmul(device->gemm->handle, device->gemm->product, &alpha, weights,
+                                   layouts.weights, view.rows, layouts.x, &beta, out, layouts.out, out,
+                                   layouts.out, algorithm, NULL, 0, device->stream),
                     "multiplying");
     drop_layouts(&layouts);
     for (uint32_t first = 0; part->bias && first < count; first += 65535) {

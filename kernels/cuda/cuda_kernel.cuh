@@ -7,11 +7,11 @@
 //
 // Activations. Rows are kept as halves of x / unit, K padded to whole blocks of 256 with zeros (the buffer is
 // zero when allocated, and nobody writes the padding). Rows of generated tokens lie in groups of 64, inside a
-// group by K block and then by row, one record of 576 bytes each: 256 halves, then the sums of 16 halves each,
-// over 64 and as two halves (high part, rest), for the minimums of quantized types; in the order in which a
-// tensor-core fragment reads them: for t in 0..3 the high parts of sums 2t, 2t+1, 2t+8, 2t+9, then their rests.
-// (576 is 64 modulo 128: eight lanes that read 16 bytes of two neighbouring rows hit all banks once.) Rows of
-// prompts lie after all groups, plainly: [row][padded width].
+// group by K block and then by row, one record of 576 bytes each: 256 halves, then the sums of 16 halves
+// each, over 64 and as two halves (high part, rest), for the minimums of quantized types; in the order in
+// which a tensor-core fragment reads them: for t in 0..3 the high parts of sums 2t, 2t+1, 2t+8, 2t+9, then
+// their rests. (576 is 64 modulo 128: eight lanes that read 16 bytes of two neighbouring rows hit all banks
+// once.) Rows of prompts lie after all groups, plainly: [row][padded width].
 #ifndef STRATA_CUDA_KERNEL_CUH
 #define STRATA_CUDA_KERNEL_CUH
 

@@ -1,13 +1,13 @@
 // The op matmul: which kernel computes which rows.
 //
-// Rows of generated tokens go through the product kernels in groups of 64 columns, straight from packed weights:
-// one arithmetic whatever the number of columns, so that a sequence's bits do not depend on its neighbours. Rows
-// of prompts, many at a time, go through cuda_gemm.cu, weights unpacked to halves first. Queued by the executor's
-// thread.
+// Rows of generated tokens go through the product kernels in groups of 64 columns, straight from packed
+// weights: one arithmetic whatever the number of columns, so that a sequence's bits do not depend on its
+// neighbours. Rows of prompts, many at a time, go through cuda_gemm.cu, weights unpacked to halves first.
+// Queued by the executor's thread.
 #include "kernels/cuda/cuda_product.cuh"
 
-// Into how many runs K is cut: enough for all the SMs of a large GPU to have eight warps at work, by the shapes
-// alone. Two GPUs of different size give the same bits.
+// Into how many runs K is cut: enough for all the SMs of a large GPU to have eight warps at work, by the
+// shapes alone. Two GPUs of different size give the same bits.
 static uint32_t choose_chunks(uint32_t tiles, uint32_t k_blocks)
 {
     uint32_t chunks = 1;
@@ -28,8 +28,9 @@ static void add_part(struct product_args *args, const struct matmul_part *part, 
     struct record_form form = record_form_of(record_layout_of(weight->type));
     to->records = (const unsigned char *)weight->data;
     to->tiles = tiles_of(weight);
-    to->factors =
-        form.row_factor ? (const float *)(to->records + (size_t)to->tiles * args->k_blocks * form.bytes) : NULL;
+    to->factors = form.row_factor
+                      ? (const float *)(to->records + (size_t)to->tiles * args->k_blocks * form.bytes)
+                      : NULL;
     to->bias = part->bias;
     to->out = part->out + (size_t)first_column * part->out_stride;
     to->out_stride = part->out_stride;

@@ -3,8 +3,8 @@
 // Uploads pass through a ring of pinned memory: the caller's bytes are copied into it, and the copy engine
 // takes them from there when the stream gets to it. The ring is cut into segments; entering one waits until
 // the copies that last used it are done, which in a step never happens (a step uploads some kilobytes, the
-// ring holds 64 MB), and while weights are loaded is what keeps the reader a few segments ahead of the device.
-// Called by the executor's thread, which owns everything here.
+// ring holds 64 MB), and while weights are loaded is what keeps the reader a few segments ahead of the
+// device. Called by the executor's thread, which owns everything here.
 #include "kernels/cuda/cuda_internal.h"
 
 #include <stdlib.h>
@@ -88,7 +88,8 @@ void *cuda_scratch(struct cuda_device *device, size_t bytes)
     if (bytes <= device->scratch_bytes)
         return device->scratch;
     if (device->is_recording) {
-        cuda_fault(device, STATUS_INTERNAL, "a recorded operation needs more scratch memory than was planned");
+        cuda_fault(device, STATUS_INTERNAL,
+                   "a recorded operation needs more scratch memory than was planned");
         return NULL;
     }
     cuda_enter(device);
@@ -134,10 +135,10 @@ void cuda_upload(struct device *base, void *to, const void *from, size_t bytes)
         if (!room)
             return;
         memcpy(room, (const uint8_t *)from + done, piece);
-        if (cuda_failed(device,
-                        cudaMemcpyAsync((uint8_t *)to + done, room, piece, cudaMemcpyHostToDevice,
-                                        device->stream),
-                        "uploading"))
+        if (cuda_failed(
+                device,
+                cudaMemcpyAsync((uint8_t *)to + done, room, piece, cudaMemcpyHostToDevice, device->stream),
+                "uploading"))
             return;
         done += piece;
     }
@@ -147,7 +148,8 @@ void cuda_copy(struct device *base, void *to, const void *from, size_t bytes)
 {
     struct cuda_device *device = cuda_device_of(base);
     cuda_enter(device);
-    cuda_failed(device, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, device->stream), "copying");
+    cuda_failed(device, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, device->stream),
+                "copying");
 }
 
 // --- and back ---

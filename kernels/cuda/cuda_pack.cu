@@ -1,7 +1,7 @@
-// Packing: from GGUF's blocks to records (cuda_record.cuh), on the device. The source's bytes pass through the
-// staging ring a piece of rows at a time, so that the host reads the next piece while the device packs this one.
-// Unpacking, for products with many prompt rows: records to plain rows of halves. Queued by the executor's
-// thread.
+// Packing: from GGUF's blocks to records (cuda_record.cuh), on the device. The source's bytes pass through
+// the staging ring a piece of rows at a time, so that the host reads the next piece while the device packs
+// this one. Unpacking, for products with many prompt rows: records to plain rows of halves. Queued by the
+// executor's thread.
 #include "kernels/cuda/cuda_record.cuh"
 #include "kernels/cuda/cuda_source.cuh"
 
@@ -72,8 +72,8 @@ __device__ uint32_t pack_code(const struct pack_args &args, const struct pack_ro
 
 // --- row factors ---
 
-// A power of two near the largest scale (or weight) of a row, so that what is stored stays well inside the range
-// of a half: see cuda_record.cuh. One block a row.
+// A power of two near the largest scale (or weight) of a row, so that what is stored stays well inside the
+// range of a half: see cuda_record.cuh. One block a row.
 __global__ void row_factor_kernel(struct pack_args args)
 {
     __shared__ float largest[32];
@@ -135,7 +135,8 @@ __device__ void pack_nibbles(const struct pack_args &args, const struct pack_pla
     }
 }
 
-// The fifth bits: word [i][lane], bit `pair` and 16 + `pair` for the two codes of a pair, pair = 8 high + 4 r + e / 2.
+// The fifth bits: word [i][lane], bit `pair` and 16 + `pair` for the two codes of a pair, pair = 8 high + 4 r
+// + e / 2.
 __device__ void pack_fifth_bits(const struct pack_args &args, const struct pack_place &place, uint32_t offset)
 {
     for (uint32_t w = threadIdx.x; w < 128; w += blockDim.x) {
@@ -183,7 +184,8 @@ __device__ void pack_bytes(const struct pack_args &args, const struct pack_place
 __device__ void pack_halves(const struct pack_args &args, const struct pack_place &place)
 {
     for (uint32_t w = threadIdx.x; w < 4096; w += blockDim.x) {
-        uint32_t j = w / 512, r = w / 256 % 2, lane = w / 8 % 32, e = w % 8, row = place_row(place, lane / 4 + 8 * r);
+        uint32_t j = w / 512, r = w / 256 % 2, lane = w / 8 % 32, e = w % 8,
+                 row = place_row(place, lane / 4 + 8 * r);
         struct pack_row from = pack_row_of(args, row);
         uint32_t k = place_k(place, j, lane, e);
         float value = from.bytes && k < args.width ? source_value(args.type, from.bytes, k) : 0;
@@ -322,7 +324,8 @@ extern "C" int cuda_matrix_pack(struct device *base, const struct matrix *matrix
     for (size_t row = 0; row < matrix->rows; row += piece_rows) {
         args.first_row = (uint32_t)row;
         args.n_rows = (uint32_t)(matrix->rows - row < piece_rows ? matrix->rows - row : piece_rows);
-        cuda_upload(base, staged, (const uint8_t *)source + row * args.row_bytes, args.n_rows * args.row_bytes);
+        cuda_upload(base, staged, (const uint8_t *)source + row * args.row_bytes,
+                    args.n_rows * args.row_bytes);
         pack_piece(device, &args, record_layout_of(matrix->type));
     }
     return STATUS_OK;
@@ -387,8 +390,8 @@ template <int L> static void unpack(struct cuda_device *device, const struct pac
 extern "C" void cuda_matrix_unpack(struct cuda_device *device, const struct matrix *matrix, void *out)
 {
     static void (*const UNPACK[RECORD_LAYOUTS])(struct cuda_device *, const struct pack_args *, __half *) = {
-        unpack<RECORD_NIBBLES>, unpack<RECORD_NIBBLES_16>, unpack<RECORD_FIVES>,    unpack<RECORD_SIXES>,
-        unpack<RECORD_SCALED_4>, unpack<RECORD_SCALED_5>,  unpack<RECORD_SCALED_8>, unpack<RECORD_HALVES>,
+        unpack<RECORD_NIBBLES>,  unpack<RECORD_NIBBLES_16>, unpack<RECORD_FIVES>,    unpack<RECORD_SIXES>,
+        unpack<RECORD_SCALED_4>, unpack<RECORD_SCALED_5>,   unpack<RECORD_SCALED_8>, unpack<RECORD_HALVES>,
     };
     struct pack_args args = pack_args_of(matrix);
     UNPACK[record_layout_of(matrix->type)](device, &args, (__half *)out);

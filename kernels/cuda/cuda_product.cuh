@@ -1,8 +1,10 @@
-// What the two product kernels share: their arguments, and copies that complete on a barrier in shared memory.
+// What the two product kernels share: their arguments, and copies that complete on a barrier in shared
+// memory.
 //
-// The order of sums. K's blocks are dealt into `chunks` runs of neighbouring blocks; inside a run a column's sum
-// goes through the blocks ascending, and the runs' sums are added ascending. The number of runs depends on the
-// shapes of the matrices alone, so that both kernels, at any number of columns, give a column the same bits.
+// The order of sums. K's blocks are dealt into `chunks` runs of neighbouring blocks; inside a run a column's
+// sum goes through the blocks ascending, and the runs' sums are added ascending. The number of runs depends
+// on the shapes of the matrices alone, so that both kernels, at any number of columns, give a column the same
+// bits.
 #ifndef STRATA_CUDA_PRODUCT_CUH
 #define STRATA_CUDA_PRODUCT_CUH
 
@@ -28,7 +30,8 @@ struct product_args { // up to 64 columns; all parts have the same layout and wi
     float unit;
 };
 
-__device__ __forceinline__ const struct product_part &product_part_of(const struct product_args &args, uint32_t tile)
+__device__ __forceinline__ const struct product_part &product_part_of(const struct product_args &args,
+                                                                      uint32_t tile)
 {
     uint32_t p = 0;
 #pragma unroll
@@ -43,8 +46,9 @@ __device__ __forceinline__ uint32_t product_chunk_begin(const struct product_arg
 }
 
 // Finishes one element: `sum` over K of row `row` of the part, column `column`.
-__device__ __forceinline__ void product_store(const struct product_args &args, const struct product_part &part,
-                                              uint32_t row, uint32_t column, float sum)
+__device__ __forceinline__ void product_store(const struct product_args &args,
+                                              const struct product_part &part, uint32_t row, uint32_t column,
+                                              float sum)
 {
     if (row >= part.rows || column >= args.columns)
         return;
@@ -77,7 +81,8 @@ __device__ __forceinline__ void barrier_publish()
 
 __device__ __forceinline__ void barrier_expect(barrier_t *barrier, unsigned bytes)
 {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+                 "r"(bytes)
                  : "memory");
 }
 
@@ -101,10 +106,11 @@ constexpr unsigned long long CACHE_FIRST_OUT = 0x12F0000000000000ull, CACHE_LAST
 __device__ __forceinline__ void copy_bulk(void *to, const void *from, unsigned bytes, barrier_t *barrier,
                                           unsigned long long policy)
 {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], "
-                 "%2, [%3], %4;" ::"r"(shared_address(to)),
-                 "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
-                 : "memory");
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], "
+        "%2, [%3], %4;" ::"r"(shared_address(to)),
+        "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
+        : "memory");
 }
 
 // --- the kernels' launchers; false: these columns or shapes are not for it ---

@@ -1,11 +1,11 @@
 // Products with few columns (one to eight sequences): the kernel that decides how fast a single stream is.
 //
-// A warp takes one run of K of one tile of 16 rows and streams its records through a ring of its own in shared
-// memory, filled by bulk copies that run ahead, the first of them started before the kernel's predecessor has
-// finished (weights depend on nobody). Activations of all columns lie in shared memory whole. Where a tile has
-// several runs their sums meet in shared memory. The number of warps is chosen so that the last round is as full
-// as the others; and where a block gets along with half of an SM's shared memory and registers, its successor's
-// blocks can already stand beside it and fill their rings.
+// A warp takes one run of K of one tile of 16 rows and streams its records through a ring of its own in
+// shared memory, filled by bulk copies that run ahead, the first of them started before the kernel's
+// predecessor has finished (weights depend on nobody). Activations of all columns lie in shared memory whole.
+// Where a tile has several runs their sums meet in shared memory. The number of warps is chosen so that the
+// last round is as full as the others; and where a block gets along with half of an SM's shared memory and
+// registers, its successor's blocks can already stand beside it and fill their rings.
 #include <stdlib.h>
 #include "kernels/cuda/cuda_product.cuh"
 
@@ -33,11 +33,13 @@ __device__ __forceinline__ void walk_enter(struct record_walk &walk, const struc
     if (warp >= shape.tiles_a_pass * args.chunks || tile >= args.tiles)
         return;
     const struct product_part &part = product_part_of(args, tile);
-    uint32_t in_part = tile - part.first_tile, panel = in_part / PANEL_TILES, left = part.tiles - panel * PANEL_TILES;
+    uint32_t in_part = tile - part.first_tile, panel = in_part / PANEL_TILES,
+             left = part.tiles - panel * PANEL_TILES;
     walk.k_block = product_chunk_begin(args, chunk);
     walk.k_end = product_chunk_begin(args, chunk + 1);
     walk.step = (size_t)(left < PANEL_TILES ? left : PANEL_TILES) * record_form_of(L).bytes;
-    walk.at = part.records + record_index(in_part, walk.k_block, part.tiles, args.k_blocks) * record_form_of(L).bytes;
+    walk.at = part.records +
+              record_index(in_part, walk.k_block, part.tiles, args.k_blocks) * record_form_of(L).bytes;
 }
 
 template <int L>
@@ -53,16 +55,16 @@ __device__ __forceinline__ void walk_next(struct record_walk &walk, const struct
 }
 
 // Brings the activations of all columns to shared memory: [k_blocks][columns][576]. By the first warp.
-__device__ __forceinline__ void load_columns(const struct product_args &args, unsigned char *to, barrier_t *barrier,
-                                             int lane)
+__device__ __forceinline__ void load_columns(const struct product_args &args, unsigned char *to,
+                                             barrier_t *barrier, int lane)
 {
     uint32_t bytes = args.columns * CUDA_BLOCK_BYTES;
     if (lane == 0)
         barrier_expect(barrier, args.k_blocks * bytes);
     __syncwarp();
     for (uint32_t k = lane; k < args.k_blocks; k += 32)
-        copy_bulk(to + (size_t)k * bytes, args.x + (size_t)k * CUDA_GROUP_ROWS * CUDA_BLOCK_BYTES, bytes, barrier,
-                  CACHE_LAST_OUT);
+        copy_bulk(to + (size_t)k * bytes, args.x + (size_t)k * CUDA_GROUP_ROWS * CUDA_BLOCK_BYTES, bytes,
+                  barrier, CACHE_LAST_OUT);
 }
 
 // Adds up the runs of the pass's tiles and stores them. By the whole block.
@@ -94,7 +96,8 @@ __global__ void __launch_bounds__(W * 32, B)
     __shared__ __align__(8) barrier_t filled[W * MAX_SLOTS_A_WARP], columns_here;
     uint32_t warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, slots = shape.slots;
     unsigned char *ring = shared + (size_t)warp * slots * BYTES, *x = shared + (size_t)warps * slots * BYTES;
-    float *sums = (float *)(x + (size_t)args.k_blocks * args.columns * CUDA_BLOCK_BYTES); // [2][warps][columns][16]
+    float *sums =
+        (float *)(x + (size_t)args.k_blocks * args.columns * CUDA_BLOCK_BYTES); // [2][warps][columns][16]
     barrier_t *ready = filled + warp * MAX_SLOTS_A_WARP;
 
     struct record_walk ahead = {}, here = {};
@@ -129,8 +132,9 @@ __global__ void __launch_bounds__(W * 32, B)
         bool mine = here.k_block < here.k_end && here.pass == pass;
         while (here.k_block < here.k_end && here.pass == pass) {
             barrier_await(ready + slot, parity);
-            record_multiply<L, 1, 1>(ring + slot * BYTES, x + (size_t)here.k_block * args.columns * CUDA_BLOCK_BYTES,
-                                  args.columns, lane, acc);
+            record_multiply<L, 1, 1>(ring + slot * BYTES,
+                                     x + (size_t)here.k_block * args.columns * CUDA_BLOCK_BYTES, args.columns,
+                                     lane, acc);
             __syncwarp();
             if (ahead.k_block < ahead.k_end) {
                 if (lane == 0) {
@@ -154,7 +158,8 @@ __global__ void __launch_bounds__(W * 32, B)
             }
             continue;
         }
-        float *turn = sums + (size_t)(pass % 2) * warps * args.columns * 16, *to = turn + warp * args.columns * 16;
+        float *turn = sums + (size_t)(pass % 2) * warps * args.columns * 16,
+              *to = turn + warp * args.columns * 16;
         for (uint32_t i = 0; i < 4; i++) {
             if (2 * t + i % 2 < args.columns)
                 to[(2 * t + i % 2) * 16 + g + i / 2 * 8] = acc[0][0][i];
@@ -166,7 +171,8 @@ __global__ void __launch_bounds__(W * 32, B)
 
 // --- shapes ---
 
-// How full `warps` warps are kept by `tiles` tiles of `chunks` runs; less than about 14 have too little in flight.
+// How full `warps` warps are kept by `tiles` tiles of `chunks` runs; less than about 14 have too little in
+// flight.
 static double share_of(uint32_t tiles, uint32_t chunks, uint32_t warps)
 {
     uint32_t tiles_a_pass = warps / chunks, passes;
@@ -192,8 +198,8 @@ static uint32_t choose_warps(const struct product_args &args, uint32_t blocks, u
 
 // Launches with what fits `room` bytes of shared memory; false when that is not two records a warp.
 template <int L, int W, int B>
-static bool launch(struct cuda_device *device, const struct product_args &args, uint32_t blocks, uint32_t warps,
-                   size_t room)
+static bool launch(struct cuda_device *device, const struct product_args &args, uint32_t blocks,
+                   uint32_t warps, size_t room)
 {
     constexpr uint32_t BYTES = record_form_of(L).bytes;
     size_t x = (size_t)args.k_blocks * args.columns * CUDA_BLOCK_BYTES;
@@ -202,7 +208,8 @@ static bool launch(struct cuda_device *device, const struct product_args &args, 
     if (x + sums + (size_t)warps * 2 * BYTES > room)
         return false;
     uint32_t slots = (uint32_t)((room - x - sums) / (warps * BYTES));
-    struct small_shape shape = {slots < MAX_SLOTS_A_WARP ? slots : (uint32_t)MAX_SLOTS_A_WARP, warps / args.chunks};
+    struct small_shape shape = {slots < MAX_SLOTS_A_WARP ? slots : (uint32_t)MAX_SLOTS_A_WARP,
+                                warps / args.chunks};
     static bool prepared;
     if (!prepared)
         prepared = !cuda_failed(device,

@@ -1,12 +1,12 @@
 // Products with up to 64 columns: continuous batching's decode steps.
 //
-// A block takes some tiles and one run of K, a warp one tile, or two that share what it reads of the columns: with
-// many columns reading them from shared memory would else cost more than the products. A ring of stages holds the
-// tiles' records of a K block and the activations of all columns of that block, used by all warps; the first warp
-// fills a stage again when all have left it, one stage late, so that it rarely waits. (A warp of its own for that
-// would cost the others a quarter of their registers.) The runs of a tile belong to blocks of one cluster, whose
-// sums meet in distributed shared memory, each block adding up an equal share of the rows. The columns are padded
-// to 8, 16, 32 or 64.
+// A block takes some tiles and one run of K, a warp one tile, or two that share what it reads of the columns:
+// with many columns reading them from shared memory would else cost more than the products. A ring of stages
+// holds the tiles' records of a K block and the activations of all columns of that block, used by all warps;
+// the first warp fills a stage again when all have left it, one stage late, so that it rarely waits. (A warp
+// of its own for that would cost the others a quarter of their registers.) The runs of a tile belong to
+// blocks of one cluster, whose sums meet in distributed shared memory, each block adding up an equal share of
+// the rows. The columns are padded to 8, 16, 32 or 64.
 #include <cooperative_groups.h>
 
 #include "kernels/cuda/cuda_product.cuh"
@@ -16,7 +16,7 @@ namespace cg = cooperative_groups;
 enum { WIDE_TILES = 16, WIDE_STAGES = 4 };
 
 struct wide_shape {
-    uint32_t tiles, stages; // of a block, of its ring
+    uint32_t tiles, stages;           // of a block, of its ring
     uint32_t stage_bytes, columns_at; // of a stage: records first
 };
 
@@ -25,7 +25,8 @@ struct wide_place {
     uint32_t part, tile, n_tiles, chunk;
 };
 
-__device__ __forceinline__ struct wide_place place_of(const struct product_args &args, const struct wide_shape &shape)
+__device__ __forceinline__ struct wide_place place_of(const struct product_args &args,
+                                                      const struct wide_shape &shape)
 {
     struct wide_place place = {0, 0, 0, blockIdx.x % args.chunks};
     uint32_t share = blockIdx.x / args.chunks;
@@ -50,8 +51,8 @@ __device__ __forceinline__ void copy_records(const struct product_args &args, co
     const struct product_part &part = args.parts[place.part];
     if (lane < place.n_tiles)
         copy_bulk(to + lane * BYTES,
-                  part.records + record_index(place.tile + lane, k, part.tiles, args.k_blocks) * BYTES, BYTES, filled,
-                  CACHE_FIRST_OUT);
+                  part.records + record_index(place.tile + lane, k, part.tiles, args.k_blocks) * BYTES, BYTES,
+                  filled, CACHE_FIRST_OUT);
 }
 
 __device__ __forceinline__ void copy_columns(const struct product_args &args, const struct wide_shape &shape,
@@ -76,7 +77,8 @@ __device__ void reduce_cluster(const struct product_args &args, const struct wid
         for (int n = 0; n < NT; n++) {
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                sums[(8 * n + 2 * t + i % 2) * stride + (warp * R + r) * CUDA_TILE_ROWS + g + i / 2 * 8] = acc[r][n][i];
+                sums[(8 * n + 2 * t + i % 2) * stride + (warp * R + r) * CUDA_TILE_ROWS + g + i / 2 * 8] =
+                    acc[r][n][i];
         }
     }
     cluster.sync();
@@ -111,7 +113,8 @@ __global__ void __launch_bounds__(WIDE_TILES / R * 32, 1)
     __shared__ __align__(8) barrier_t filled[WIDE_STAGES], drained[WIDE_STAGES];
     uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     struct wide_place place = place_of(args, shape);
-    uint32_t begin = product_chunk_begin(args, place.chunk), blocks = product_chunk_begin(args, place.chunk + 1) - begin;
+    uint32_t begin = product_chunk_begin(args, place.chunk),
+             blocks = product_chunk_begin(args, place.chunk + 1) - begin;
     uint32_t ahead = min(blocks, shape.stages); // K blocks whose copies have begun
     uint32_t stage_copied = place.n_tiles * BYTES + args.columns * CUDA_BLOCK_BYTES;
     if (warp == 0) {
@@ -153,7 +156,8 @@ __global__ void __launch_bounds__(WIDE_TILES / R * 32, 1)
         __syncwarp();
         barrier_await(filled + stage, parity);
         if (warp * R < place.n_tiles) // a last tile without its pair multiplies what lies there, for nobody
-            record_multiply<L, NT, R>(from + warp * R * BYTES, from + shape.columns_at, args.columns, lane, acc);
+            record_multiply<L, NT, R>(from + warp * R * BYTES, from + shape.columns_at, args.columns, lane,
+                                      acc);
         __syncwarp();
         if (lane == 0)
             barrier_arrive(drained + stage);
@@ -210,8 +214,8 @@ static uint32_t blocks_of(const struct product_args &args, uint32_t tiles)
     return blocks;
 }
 
-// Tiles a block: what makes the rounds over all SMs cost least, a block costing its tiles and about two more. Whole
-// clusters find place on a few SMs less than there are.
+// Tiles a block: what makes the rounds over all SMs cost least, a block costing its tiles and about two more.
+// Whole clusters find place on a few SMs less than there are.
 static uint32_t choose_tiles(const struct cuda_device *device, const struct product_args &args, uint32_t most,
                              uint32_t step)
 {
@@ -228,7 +232,8 @@ static uint32_t choose_tiles(const struct cuda_device *device, const struct prod
     return best;
 }
 
-template <int L, int NT, int R> static void launch(struct cuda_device *device, const struct product_args &args)
+template <int L, int NT, int R>
+static void launch(struct cuda_device *device, const struct product_args &args)
 {
     constexpr uint32_t BYTES = record_form_of(L).bytes;
     size_t room = device->shared_limit - 1024, columns = (size_t)args.columns * CUDA_BLOCK_BYTES;

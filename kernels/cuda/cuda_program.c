@@ -1,6 +1,6 @@
-// Programs: CUDA graphs of the operations of a step, recorded once for a size of batch and replayed, so that a
-// step of several hundred kernels costs the host one launch. A program holds addresses; whoever frees or moves
-// memory that one may name calls cuda_forget first. Called by the executor's thread.
+// Programs: CUDA graphs of the operations of a step, recorded once for a size of batch and replayed, so that
+// a step of several hundred kernels costs the host one launch. A program holds addresses; whoever frees or
+// moves memory that one may name calls cuda_forget first. Called by the executor's thread.
 #include "kernels/cuda/cuda_internal.h"
 
 static cudaGraphExec_t find(const struct cuda_device *device, uint32_t key)

@@ -1,22 +1,24 @@
 // Packed weights: how a matrix lies on the device, and how a warp multiplies a piece of it.
 //
-// A matrix is cut into tiles of 16 rows, padded with zeros, and K into blocks of 256, padded likewise. One tile
-// times one block is a record; a warp reads a record from shared memory and multiplies it with `mma.m16n8k16`
-// (halves in, f32 out). Records of 16 neighbouring tiles (a panel) and one K block are contiguous:
-// [panel][block][tile in panel], so that a block of threads fetches all it needs for a K block in one copy, and a
-// warp alone its own record. After the records, for layouts without integer scales: one f32 factor a row.
+// A matrix is cut into tiles of 16 rows, padded with zeros, and K into blocks of 256, padded likewise. One
+// tile times one block is a record; a warp reads a record from shared memory and multiplies it with
+// `mma.m16n8k16` (halves in, f32 out). Records of 16 neighbouring tiles (a panel) and one K block are
+// contiguous: [panel][block][tile in panel], so that a block of threads fetches all it needs for a K block in
+// one copy, and a warp alone its own record. After the records, for layouts without integer scales: one f32
+// factor a row.
 //
 // Inside a record lane l = 4 g + t works on rows g and g + 8; of the 32 weights of K group j (j < 8) it holds
 // k = 32 j + 8 t + e, e < 8: (e0 e1 | e2 e3) feed the first mma of the group, (e4 e5 | e6 e7) the second. The
-// order of k inside a group is free as long as activations follow it: so eight consecutive activations are one
-// 16-byte load, and rows of activations stay in plain order.
+// order of k inside a group is free as long as activations follow it: so eight consecutive activations are
+// one 16-byte load, and rows of activations stay in plain order.
 //
-// Nibbles: for j = 2 i (low) and 2 i + 1 (high) lane l reads 16 bytes at 512 i + 16 l: words (row g: e0-3, e4-7;
-// row g + 8: the same); e0..e3 at bits 0, 16, 8, 24, so that a mask, or a shift by 8 and a mask, leaves two
-// codes in the mantissas of two halves: subnormal numbers code x 2^-24 (16 times that for the high nibbles).
-// One multiplication by scale x 2^5 (or 2^1) makes code x scale x 2^-19 of it, exactly: integer scales go
-// through the tensor cores unrounded, and the f32 factors d (and dmin) of a block of 256 are applied to sums of
-// 128 products in f32. Minimums are one more mma a record: minimum times the sum of 16 activations.
+// Nibbles: for j = 2 i (low) and 2 i + 1 (high) lane l reads 16 bytes at 512 i + 16 l: words (row g: e0-3,
+// e4-7; row g + 8: the same); e0..e3 at bits 0, 16, 8, 24, so that a mask, or a shift by 8 and a mask, leaves
+// two codes in the mantissas of two halves: subnormal numbers code x 2^-24 (16 times that for the high
+// nibbles). One multiplication by scale x 2^5 (or 2^1) makes code x scale x 2^-19 of it, exactly: integer
+// scales go through the tensor cores unrounded, and the f32 factors d (and dmin) of a block of 256 are
+// applied to sums of 128 products in f32. Minimums are one more mma a record: minimum times the sum of 16
+// activations.
 //
 // Layouts, and the types that take them:
 //   NIBBLES     Q4_K                    scales and minimums of 8 bits per 32, d and dmin
@@ -100,7 +102,8 @@ static inline int record_layout_of(uint32_t type)
 }
 
 // Index of the record of (tile, K block), of a matrix of `tiles` and `k_blocks`.
-__host__ __device__ inline size_t record_index(uint32_t tile, uint32_t k_block, uint32_t tiles, uint32_t k_blocks)
+__host__ __device__ inline size_t record_index(uint32_t tile, uint32_t k_block, uint32_t tiles,
+                                               uint32_t k_blocks)
 {
     uint32_t panel = tile / PANEL_TILES, left = tiles - panel * PANEL_TILES;
     uint32_t width = left < PANEL_TILES ? left : PANEL_TILES;
@@ -148,9 +151,9 @@ __device__ __forceinline__ void multiply_add(float *c, unsigned a0, unsigned a1,
                                              unsigned b0, unsigned b1)
 {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-                 "{%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+        "{%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 // --- reading a record ---
@@ -179,13 +182,14 @@ __device__ __forceinline__ unsigned word_of(const uint4 &four, int i)
 }
 
 // The multiplier of K group j as a pair of equal halves. j is a constant after unrolling.
-template <int L> __device__ __forceinline__ unsigned record_multiplier(const struct record_row &row, int j, int t)
+template <int L>
+__device__ __forceinline__ unsigned record_multiplier(const struct record_row &row, int j, int t)
 {
     constexpr struct record_form form = record_form_of(L);
     if constexpr (!form.integer_scales)
         return __byte_perm(word_of(row.scales, j / 2), 0, j % 2 ? 0x3232 : 0x1010);
     constexpr unsigned ZERO = form.per_16 ? 128 : 0; // signed scales are stored with 128 added
-    unsigned biased; // 1024 + stored byte
+    unsigned biased;                                 // 1024 + stored byte
     if constexpr (form.per_16)
         biased = __byte_perm(word_of(row.scales, j / 2), 0x64646464, 0x4040 + (2 * j % 4 + t / 2) * 0x0101);
     else
@@ -195,10 +199,11 @@ template <int L> __device__ __forceinline__ unsigned record_multiplier(const str
     return pair_fma(biased, *(const unsigned *)&times, *(const unsigned *)&minus);
 }
 
-// The weights of K group j, before the row's or block's f32 factor, as the A operands of two mma: a[0..3], a[4..7].
+// The weights of K group j, before the row's or block's f32 factor, as the A operands of two mma: a[0..3],
+// a[4..7].
 template <int L>
-__device__ __forceinline__ void record_group(const unsigned char *record, const struct record_row *rows, int j,
-                                             int lane, unsigned *a)
+__device__ __forceinline__ void record_group(const unsigned char *record, const struct record_row *rows,
+                                             int j, int lane, unsigned *a)
 {
     constexpr struct record_form form = record_form_of(L);
     int t = lane & 3;
@@ -214,7 +219,8 @@ __device__ __forceinline__ void record_group(const unsigned char *record, const 
             unsigned scale = record_multiplier<L>(rows[r], j, t);
 #pragma unroll
             for (int p = 0; p < 4; p++) { // 1024 + code + 128, exactly; then the code; then times its scale
-                unsigned biased = __byte_perm(word_of(codes, 2 * r + p / 2), 0x64646464, p % 2 ? 0x4342 : 0x4140);
+                unsigned biased =
+                    __byte_perm(word_of(codes, 2 * r + p / 2), 0x64646464, p % 2 ? 0x4342 : 0x4140);
                 a[2 * p + r] = pair_multiply(pair_add(biased, 0xE480E480), scale); // -1152
             }
         }
@@ -231,7 +237,8 @@ __device__ __forceinline__ void record_group(const unsigned char *record, const 
 #pragma unroll
             for (int p = 0; p < 4; p++) {
                 unsigned word = word_of(words, 2 * r + p / 2) >> (p % 2 * 8), code;
-                if constexpr (L == RECORD_FIVES || L == RECORD_SCALED_5) // bit `pair` of each half, to bit 4 or 8
+                if constexpr (L == RECORD_FIVES ||
+                              L == RECORD_SCALED_5) // bit `pair` of each half, to bit 4 or 8
                     code = and_or(word, mask,
                                   shift(plane, j % 2 * 8 + r * 4 + p - (j % 2 ? 8 : 4)) &
                                       (j % 2 ? 0x01000100 : 0x00100010));
@@ -254,7 +261,8 @@ __device__ __forceinline__ void record_group(const unsigned char *record, const 
 // The minimums of a row for the mma with the sums of 16 activations: groups 2t, 2t + 1 and 2t + 8, 2t + 9.
 // Integers, to be subtracted times dmin; or (without integer scales) what is to be added.
 template <int L>
-__device__ __forceinline__ uint2 record_mins(const unsigned char *record, const struct record_row &row, int r, int t)
+__device__ __forceinline__ uint2 record_mins(const unsigned char *record, const struct record_row &row, int r,
+                                             int t)
 {
     constexpr struct record_form form = record_form_of(L);
     if constexpr (L == RECORD_NIBBLES_16) {
@@ -268,20 +276,22 @@ __device__ __forceinline__ uint2 record_mins(const unsigned char *record, const 
         unsigned high = __byte_perm(row.scales.w, 0x64646464, sel);
         return make_uint2(pair_add(low, 0xE400E400), pair_add(high, 0xE400E400)); // -1024
     } else {
-        const unsigned short *mins = (const unsigned short *)(record + form.scales + r * form.scale_row_bytes + 16);
+        const unsigned short *mins =
+            (const unsigned short *)(record + form.scales + r * form.scale_row_bytes + 16);
         return make_uint2(mins[t] * 0x00010001u, mins[t + 4] * 0x00010001u);
     }
 }
 
 // --- records times 8 NT columns ---
 
-// acc[r][n][i] += the product of record r (at `record`, records[r] = record + r x its bytes) with K block `x` of
-// columns 8 n + (0..7): element (row g + 8 (i / 2), column 2 t + i % 2) of its tile. R tiles share what is read
-// of the columns. x: records of an activation, 576 bytes a column; columns from `count` on repeat the last one.
-// Every column sees the same operations in the same order, whatever NT and R are and whatever stands beside it.
+// acc[r][n][i] += the product of record r (at `record`, records[r] = record + r x its bytes) with K block `x`
+// of columns 8 n + (0..7): element (row g + 8 (i / 2), column 2 t + i % 2) of its tile. R tiles share what is
+// read of the columns. x: records of an activation, 576 bytes a column; columns from `count` on repeat the
+// last one. Every column sees the same operations in the same order, whatever NT and R are and whatever
+// stands beside it.
 template <int L, int NT, int R>
-__device__ __forceinline__ void record_multiply(const unsigned char *record, const unsigned char *x, uint32_t count,
-                                                int lane, float (*acc)[NT][4])
+__device__ __forceinline__ void record_multiply(const unsigned char *record, const unsigned char *x,
+                                                uint32_t count, int lane, float (*acc)[NT][4])
 {
     constexpr struct record_form form = record_form_of(L);
     int g = lane >> 2, t = lane & 3;
@@ -315,7 +325,8 @@ __device__ __forceinline__ void record_multiply(const unsigned char *record, con
 #pragma unroll
             for (int r = 0; r < R; r++)
                 record_group<L>(record + r * form.bytes, rows[r], j, lane, a[r]);
-            constexpr int AT_ONCE = NT < 4 ? NT : 4; // products that do not wait for one another stand together
+            constexpr int AT_ONCE =
+                NT < 4 ? NT : 4; // products that do not wait for one another stand together
 #pragma unroll
             for (int first = 0; first < NT; first += AT_ONCE) {
                 uint4 b[AT_ONCE];
@@ -358,7 +369,8 @@ __device__ __forceinline__ void record_multiply(const unsigned char *record, con
 #pragma unroll
         for (int r = 0; r < R; r++) {
             const unsigned char *at = record + r * form.bytes;
-            uint2 upper = record_mins<L>(at, rows[r][0], g, t), lower = record_mins<L>(at, rows[r][1], g + 8, t);
+            uint2 upper = record_mins<L>(at, rows[r][0], g, t),
+                  lower = record_mins<L>(at, rows[r][1], g + 8, t);
             float2 factors[2] = {};
             if constexpr (form.integer_scales) {
                 factors[0] = __half22float2(*(const __half2 *)(at + form.factors + g * 4));

@@ -1,6 +1,6 @@
-// Ops on whole rows: tokens, embedding, norms, the inside of the FFN, and storing activations. They move little
-// and mostly wait for their predecessor, so each is one kernel with one block a row (or a piece of a row), and
-// everything a row needs fits its block's registers. Queued by the executor's thread.
+// Ops on whole rows: tokens, embedding, norms, the inside of the FFN, and storing activations. They move
+// little and mostly wait for their predecessor, so each is one kernel with one block a row (or a piece of a
+// row), and everything a row needs fits its block's registers. Queued by the executor's thread.
 #include "kernels/cuda/cuda_kernel.cuh"
 #include "kernels/cuda/cuda_source.cuh"
 

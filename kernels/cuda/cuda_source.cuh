@@ -1,5 +1,5 @@
-// GGUF's weight types as they stand in a file, read one weight at a time: what packing, unpacking and embedding
-// start from. A weight of a quantized type is
+// GGUF's weight types as they stand in a file, read one weight at a time: what packing, unpacking and
+// embedding start from. A weight of a quantized type is
 //
 //     (d * scale[group]) * (code - offset) - dmin * min[group]
 //

@@ -1,6 +1,7 @@
-// Times the CUDA backend's products as a decode step meets them: recorded, one after the other, over enough copies
-// of each matrix to be out of the L2 by the time the first is read again. Then the chain of a whole step without
-// attention (norm, q k v, output, norm, gate and up, activation, down; head), 32 layers of an 8B model.
+// Times the CUDA backend's products as a decode step meets them: recorded, one after the other, over enough
+// copies of each matrix to be out of the L2 by the time the first is read again. Then the chain of a whole
+// step without attention (norm, q k v, output, norm, gate and up, activation, down; head), 32 layers of an 8B
+// model.
 //
 //     cuda_product_bench [type] [columns ...]
 #include <stdio.h>
@@ -90,7 +91,8 @@ static double time_program(struct bench *b, uint32_t key)
 static void multiply(struct bench *b, struct activation *x, uint32_t columns, const struct matrix *one,
                      const struct matrix *two, float *out, uint32_t stride, bool accumulate)
 {
-    struct matmul_part parts[2] = {{one, NULL, out, stride, accumulate}, {two, NULL, out, stride, accumulate}};
+    struct matmul_part parts[2] = {{one, NULL, out, stride, accumulate},
+                                   {two, NULL, out, stride, accumulate}};
     if (two)
         parts[1].out = out + one->rows;
     x->n_generated = columns;
@@ -189,7 +191,8 @@ int main(int argc, char **argv)
     b.ops->store(b.device, &b.x, b.residual, MAX_COLUMNS);
     b.ops->store(b.device, &b.wide, b.out, MAX_COLUMNS);
     check(&b);
-    static const uint32_t SHAPES[][2] = {{6144, 4096}, {4096, 4096}, {28672, 4096}, {4096, 14336}, {128256, 4096}};
+    static const uint32_t SHAPES[][2] = {
+        {6144, 4096}, {4096, 4096}, {28672, 4096}, {4096, 14336}, {128256, 4096}};
     for (int c = 0; c < n; c++) {
         for (size_t s = 0; s < sizeof(SHAPES) / sizeof(SHAPES[0]); s++)
             time_matrix(&b, SHAPES[s][0], SHAPES[s][1], columns[c]);
