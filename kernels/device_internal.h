@@ -23,6 +23,10 @@ struct device {
     const struct device_backend *backend;
 };
 
+// The op project as norm, matmul and ffn_activate (kernel_project.c).
+void kernel_project(struct device *device, struct activation *x, uint32_t rows, const struct row_norm *norm,
+                    const struct matmul_part *parts, uint32_t n_parts, struct activation *gated);
+
 extern const struct device_backend cpu_backend;
 extern const struct device_backend cuda_backend; // STRATA_HAVE_CUDA
 

@@ -84,6 +84,14 @@ struct matmul_part {
     bool accumulate; // out += instead of out =
 };
 
+// The norm that makes an activation: out[i] = norm(x[i]) * weight (+ bias).
+struct row_norm {
+    const float *x; // [rows][width] [device]
+    enum norm_kind kind;
+    const float *weight, *bias; // [width] [device]; bias NULL: none
+    float epsilon;
+};
+
 struct attention_shape {
     uint32_t n_heads, n_kv_heads, head_size;
     uint32_t window; // 0 = none: position p sees (p - window, p]
@@ -194,6 +202,10 @@ struct kernel_ops {
     // Up to 4 products of one input: parts[i].out[t] (+)= weight_i x[t] + bias_i, t < rows.
     void (*matmul)(struct device *, const struct activation *x, uint32_t rows,
                    const struct matmul_part *parts, uint32_t n_parts);
+    // norm, then matmul of what it made, then (gated not NULL, two parts) gated = silu(parts[0]) * parts[1],
+    // as one: a backend may leave x and, where gated is given, the parts' `out` unwritten.
+    void (*project)(struct device *, struct activation *x, uint32_t rows, const struct row_norm *norm,
+                    const struct matmul_part *parts, uint32_t n_parts, struct activation *gated);
     // Normalizes heads of q and k where asked, rotates both, rounds k and v into the pages of their
     // positions. q in place.
     void (*attn_prepare)(struct device *, const struct qkv_args *qkv, const struct attention_shape *shape,

@@ -222,30 +222,26 @@ static struct activation in_forms(const struct activation *whole, unsigned forms
     return part;
 }
 
-static void normalize(const struct decoder *decoder, struct activation *out, const float *x, uint32_t rows,
-                      const struct norm_weights *norm)
+static struct row_norm norm_of(const struct decoder *decoder, const float *x, const struct norm_weights *norm)
 {
-    decoder->ops->norm(decoder->device, out, x, NULL, rows, decoder->spec.norm, norm->weight, norm->bias,
-                       decoder->spec.norm_epsilon);
+    return (struct row_norm){x, decoder->spec.norm, norm->weight, norm->bias, decoder->spec.norm_epsilon};
 }
 
 static void project_qkv(const struct decoder *decoder, struct workspace *ws,
-                        const struct layer_weights *layer, const struct activation *x, uint32_t rows)
+                        const struct layer_weights *layer, struct activation *x, uint32_t rows)
 {
     uint32_t q_width = decoder->shape.n_heads * decoder->shape.head_size;
     uint32_t k_width = decoder->shape.n_kv_heads * decoder->shape.head_size;
     uint32_t stride = ws->qkv_stride;
-    if (layer->qkv.weight) {
-        struct matmul_part fused = {layer->qkv.weight, layer->qkv.bias, ws->qkv, stride, false};
-        decoder->ops->matmul(decoder->device, x, rows, &fused, 1);
-        return;
-    }
-    struct matmul_part parts[] = {
+    struct row_norm norm = norm_of(decoder, ws->residual, &layer->attn_norm);
+    struct matmul_part fused = {layer->qkv.weight, layer->qkv.bias, ws->qkv, stride, false};
+    struct matmul_part separate[] = {
         {layer->q.weight, layer->q.bias, ws->qkv, stride, false},
         {layer->k.weight, layer->k.bias, ws->qkv + q_width, stride, false},
         {layer->v.weight, layer->v.bias, ws->qkv + q_width + k_width, stride, false},
     };
-    decoder->ops->matmul(decoder->device, x, rows, parts, 3);
+    bool one = layer->qkv.weight != NULL;
+    decoder->ops->project(decoder->device, x, rows, &norm, one ? &fused : separate, one ? 1 : 3, NULL);
 }
 
 // Attention's output for the whole batch, in `attended`; k and v of the batch join the pages.
@@ -253,7 +249,6 @@ static void attend(const struct decoder *decoder, struct workspace *ws, const st
                    const struct kv_layer *kv, const struct batch *batch, struct activation *attended)
 {
     struct activation x = in_forms(&ws->normed, layer->attn_forms, batch->n_generated);
-    normalize(decoder, &x, ws->residual, batch->n_tokens, &layer->attn_norm);
     project_qkv(decoder, ws, layer, &x, batch->n_tokens);
     uint32_t q_width = decoder->shape.n_heads * decoder->shape.head_size;
     uint32_t k_width = decoder->shape.n_kv_heads * decoder->shape.head_size;
@@ -285,7 +280,7 @@ static void feed_forward(const struct decoder *decoder, struct workspace *ws,
 {
     const struct model_spec *spec = &decoder->spec;
     struct activation x = in_forms(&ws->normed, layer->ffn_forms, n_generated);
-    normalize(decoder, &x, ws->residual, rows, &layer->ffn_norm);
+    struct row_norm norm = norm_of(decoder, ws->residual, &layer->ffn_norm);
     float *gate = spec->ffn == FFN_PLAIN ? NULL : ws->ffn;
     float *up = gate ? ws->ffn + spec->ffn_width : ws->ffn;
     struct matmul_part parts[2];
@@ -296,9 +291,11 @@ static void feed_forward(const struct decoder *decoder, struct workspace *ws,
     // A fused matrix writes gate and up in one go.
     float *up_out = spec->ffn == FFN_GATED_FUSED ? gate : up;
     parts[n_parts++] = (struct matmul_part){layer->up.weight, layer->up.bias, up_out, ws->ffn_stride, false};
-    decoder->ops->matmul(decoder->device, &x, rows, parts, n_parts);
     struct activation inner = in_forms(&ws->activated, layer->down_forms, n_generated);
-    decoder->ops->ffn_activate(decoder->device, &inner, gate, up, ws->ffn_stride, rows);
+    bool gated = n_parts == 2;
+    decoder->ops->project(decoder->device, &x, rows, &norm, parts, n_parts, gated ? &inner : NULL);
+    if (!gated)
+        decoder->ops->ffn_activate(decoder->device, &inner, gate, up, ws->ffn_stride, rows);
     add_to_residual(decoder, ws, &layer->down, &inner, rows);
 }
 
@@ -357,7 +354,7 @@ void decoder_head(const struct decoder *decoder, struct workspace *ws, uint32_t 
 {
     size_t width = decoder->spec.width;
     struct activation x = in_forms(&ws->normed, forms_of(decoder, &decoder->head), count);
-    normalize(decoder, &x, ws->residual + first * width, count, &decoder->head_norm);
+    struct row_norm norm = norm_of(decoder, ws->residual + first * width, &decoder->head_norm);
     struct matmul_part logits = {decoder->head.weight, NULL, ws->logits, decoder->spec.vocab_size, false};
-    decoder->ops->matmul(decoder->device, &x, count, &logits, 1);
+    decoder->ops->project(decoder->device, &x, count, &norm, &logits, 1, NULL);
 }

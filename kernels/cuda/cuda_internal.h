@@ -15,14 +15,15 @@ extern "C" {
 #include "kernels/kernels.h"
 
 enum {
-    CUDA_K_BLOCK = 256,      // weights' widths are padded to whole blocks of so many
-    CUDA_TILE_ROWS = 16,     // and their rows to whole tiles
-    CUDA_GROUP_ROWS = 64,    // rows of an activation that one decode product takes
-    CUDA_BLOCK_BYTES = 576,  // one row of an activation, one K block: see cuda_kernel.cuh
-    CUDA_MAX_PROGRAMS = 256, // recorded programs
-    CUDA_MARKS = 64,         // marks that can be outstanding
-    CUDA_FORM_HALF = 1,      // the one form of activations
-    CUDA_TICKETS = 1 << 18,  // rows times key heads of one decode attention
+    CUDA_K_BLOCK = 256,       // weights' widths are padded to whole blocks of so many
+    CUDA_TILE_ROWS = 16,      // and their rows to whole tiles
+    CUDA_GROUP_ROWS = 64,     // rows of an activation that one decode product takes
+    CUDA_BLOCK_BYTES = 576,   // one row of an activation, one K block: see cuda_kernel.cuh
+    CUDA_MAX_PROGRAMS = 256,  // recorded programs
+    CUDA_MARKS = 64,          // marks that can be outstanding
+    CUDA_FORM_HALF = 1,       // the one form of activations
+    CUDA_ACTIVATED_UNIT = 32, // the FFN's inside may pass what a half holds: it is stored over 32
+    CUDA_TICKETS = 1 << 18,   // rows times key heads of one decode attention
 };
 
 struct cuda_staging; // pinned memory that uploads pass through (cuda_memory.c)
@@ -113,6 +114,8 @@ void cuda_ffn_activate(struct device *device, struct activation *out, const floa
 // cuda_matmul.cu, and its prompt rows in cuda_gemm.cu
 void cuda_matmul(struct device *device, const struct activation *x, uint32_t rows,
                  const struct matmul_part *parts, uint32_t n_parts);
+void cuda_project(struct device *device, struct activation *x, uint32_t rows, const struct row_norm *norm,
+                  const struct matmul_part *parts, uint32_t n_parts, struct activation *gated);
 int cuda_gemm_open(struct cuda_device *device, struct error *error);
 void cuda_gemm_close(struct cuda_device *device);
 // out[t] (+)= weight x[t] + bias for the prompt rows of x, t < rows - x->n_generated.

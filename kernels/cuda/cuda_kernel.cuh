@@ -101,13 +101,10 @@ __device__ __forceinline__ __half *activation_at(const struct activation_view &v
     return view.rows + (size_t)(row - view.n_generated) * view.k_blocks * CUDA_K_BLOCK + k;
 }
 
-// Stores the sum of the (rounded) halves [k, k + 16) of a row of a generated token, k a multiple of 16.
-__device__ __forceinline__ void activation_store_sum(const struct activation_view &view, uint32_t row,
-                                                     uint32_t k, float sum)
+// Stores sum s (of the rounded halves 16 s to 16 s + 15) of a record.
+__device__ __forceinline__ void activation_store_sum(unsigned char *record, uint32_t s, float sum)
 {
-    uint32_t s = k % CUDA_K_BLOCK / 16;
-    __half *at = (__half *)(activation_record(view, row, k / CUDA_K_BLOCK) + 2 * CUDA_K_BLOCK) +
-                 (s & 7) / 2 * 8 + (s & 8) / 4 + (s & 1);
+    __half *at = (__half *)(record + 2 * CUDA_K_BLOCK) + (s & 7) / 2 * 8 + (s & 8) / 4 + (s & 1);
     float scaled = sum / 64;
     __half high = __float2half_rn(scaled);
     at[0] = high;
@@ -120,25 +117,60 @@ __device__ __forceinline__ __half activation_half(const struct activation_view &
     return __float2half_rn(fminf(fmaxf(x * view.per_unit, -65504.0f), 65504.0f));
 }
 
+// Sums of 16 have one order, the butterfly's: neighbours, pairs, fours, eights.
+__device__ __forceinline__ float activation_sum8(const float *x)
+{
+    return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
+}
+
+// x[k, k + 8) as halves, and the sum of the 16 that a pair of lanes (2i and 2i + 1) holds. Whole warps.
+__device__ __forceinline__ uint4 activation_round8(const struct activation_view &view, const float *x,
+                                                   float *sum)
+{
+    __half2 pairs[4];
+    float rounded[8];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        pairs[i] = __halves2half2(activation_half(view, x[2 * i]), activation_half(view, x[2 * i + 1]));
+        float2 two = __half22float2(pairs[i]);
+        rounded[2 * i] = two.x;
+        rounded[2 * i + 1] = two.y;
+    }
+    *sum = activation_sum8(rounded);
+    *sum += __shfl_xor_sync(~0u, *sum, 1);
+    return *(uint4 *)pairs;
+}
+
 // Stores x[k, k + 8) of a row, k a multiple of 8. Called by whole warps whose lanes 2i and 2i + 1 hold the
 // two halves of the same 16 elements (of any row; `live` false: nothing is stored).
 __device__ __forceinline__ void activation_store8(const struct activation_view &view, uint32_t row,
                                                   uint32_t k, const float *x, bool live)
 {
-    __half2 pairs[4];
-    float sum = 0;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        pairs[i] = __halves2half2(activation_half(view, x[2 * i]), activation_half(view, x[2 * i + 1]));
-        float2 rounded = __half22float2(pairs[i]);
-        sum += rounded.x + rounded.y;
-    }
-    sum += __shfl_xor_sync(~0u, sum, 1);
+    float sum;
+    uint4 halves = activation_round8(view, x, &sum);
     if (!live)
         return;
-    *(uint4 *)activation_at(view, row, k) = *(uint4 *)pairs;
+    *(uint4 *)activation_at(view, row, k) = halves;
     if (k % 16 == 0 && row < view.n_generated)
-        activation_store_sum(view, row, k, sum);
+        activation_store_sum(activation_record(view, row, k / CUDA_K_BLOCK), k % CUDA_K_BLOCK / 16, sum);
+}
+
+// Stores x, element k of a row of a generated token. Called by whole warps whose 16 lanes from a multiple of
+// 16 on hold 16 neighbouring elements.
+__device__ __forceinline__ void activation_store1(const struct activation_view &view, uint32_t row,
+                                                  uint32_t k, float x, bool live)
+{
+    __half rounded = activation_half(view, x);
+    float sum = __half2float(rounded);
+#pragma unroll
+    for (int offset = 1; offset < 16; offset *= 2)
+        sum += __shfl_xor_sync(~0u, sum, offset);
+    if (!live)
+        return;
+    unsigned char *record = activation_record(view, row, k / CUDA_K_BLOCK);
+    ((__half *)record)[k % CUDA_K_BLOCK] = rounded;
+    if (k % 16 == 0)
+        activation_store_sum(record, k % CUDA_K_BLOCK / 16, sum);
 }
 
 #endif

@@ -40,10 +40,9 @@ static void add_part(struct product_args *args, const struct matmul_part *part, 
     args->tiles += to->tiles;
 }
 
-// The parts of one layout, for the columns of one group.
-static void multiply_layout(struct cuda_device *device, const struct activation *x, uint32_t first_column,
-                            uint32_t columns, const struct matmul_part *parts, uint32_t n_parts, int layout,
-                            uint32_t chunks)
+// What all launches of a group of columns have in common.
+static struct product_args group_args(const struct activation *x, uint32_t first_column, uint32_t columns,
+                                      uint32_t chunks)
 {
     struct activation_view view = activation_view_of(x);
     struct product_args args = {};
@@ -52,35 +51,119 @@ static void multiply_layout(struct cuda_device *device, const struct activation 
     args.columns = columns;
     args.x = view.groups + first_column / CUDA_GROUP_ROWS * activation_group_bytes(x->width);
     args.unit = x->unit == 0 ? 1 : x->unit;
-    for (uint32_t p = 0; p < n_parts; p++) {
-        if (record_layout_of(parts[p].weight->type) == layout)
-            add_part(&args, &parts[p], first_column);
+    return args;
+}
+
+// The layouts of the parts: true when there are at most two; *other is *layout when there is one.
+static bool two_layouts(const struct matmul_part *parts, uint32_t n_parts, int *layout, int *other)
+{
+    *layout = *other = record_layout_of(parts[0].weight->type);
+    for (uint32_t p = 1; p < n_parts; p++) {
+        int one = record_layout_of(parts[p].weight->type);
+        if (*other == *layout)
+            *other = one;
+        else if (one != *layout && one != *other)
+            return false;
     }
-    if (args.n_parts > 0 && !product_small(device, args, layout))
-        product_wide(device, args, layout);
+    if (*other < *layout) { // the kernels know pairs in ascending order
+        int swapped = *other;
+        *other = *layout;
+        *layout = swapped;
+    }
+    return true;
+}
+
+// All parts at once by the kernel for few columns, with the norm before and the gate after them where given.
+static bool multiply_small(struct cuda_device *device, const struct activation *x, uint32_t columns,
+                           const struct row_norm *norm, const struct matmul_part *parts, uint32_t n_parts,
+                           struct activation *gated, uint32_t chunks)
+{
+    struct product_args args = group_args(x, 0, columns, chunks);
+    int layout, other;
+    if (!two_layouts(parts, n_parts, &layout, &other))
+        return false;
+    for (uint32_t p = 0; p < n_parts; p++) {
+        add_part(&args, &parts[p], 0);
+        args.parts[p].layout = record_layout_of(parts[p].weight->type) != layout;
+    }
+    if (norm) {
+        args.norm = {norm->x, norm->weight, x->width, norm->epsilon};
+        args.unit = 1;
+    }
+    if (gated) {
+        gated->unit = CUDA_ACTIVATED_UNIT;
+        args.gated = activation_view_of(gated);
+        args.tiles = args.parts[0].tiles;
+    }
+    return product_small(device, args, layout, other);
+}
+
+static void multiply_wide(struct cuda_device *device, const struct activation *x, uint32_t first_column,
+                          uint32_t columns, const struct matmul_part *parts, uint32_t n_parts,
+                          uint32_t chunks)
+{
+    for (int layout = 0; layout < RECORD_LAYOUTS; layout++) {
+        struct product_args args = group_args(x, first_column, columns, chunks);
+        for (uint32_t p = 0; p < n_parts; p++) {
+            if (record_layout_of(parts[p].weight->type) == layout)
+                add_part(&args, &parts[p], first_column);
+        }
+        if (args.n_parts > 0)
+            product_wide(device, args, layout);
+    }
 }
 
 static void multiply_generated(struct cuda_device *device, const struct activation *x, uint32_t rows,
-                               const struct matmul_part *parts, uint32_t n_parts)
+                               const struct matmul_part *parts, uint32_t n_parts, uint32_t chunks)
 {
-    uint32_t tiles = 0;
-    for (uint32_t p = 0; p < n_parts; p++)
-        tiles += tiles_of(parts[p].weight);
-    uint32_t chunks = choose_chunks(tiles, cuda_padded_width(x->width) / CUDA_K_BLOCK);
+    if (rows <= CUDA_GROUP_ROWS && multiply_small(device, x, rows, NULL, parts, n_parts, NULL, chunks))
+        return;
     for (uint32_t first = 0; first < rows; first += CUDA_GROUP_ROWS) {
         uint32_t columns = rows - first < CUDA_GROUP_ROWS ? rows - first : (uint32_t)CUDA_GROUP_ROWS;
-        for (int layout = 0; layout < RECORD_LAYOUTS; layout++)
-            multiply_layout(device, x, first, columns, parts, n_parts, layout, chunks);
+        multiply_wide(device, x, first, columns, parts, n_parts, chunks);
     }
+}
+
+// Runs of K: by all tiles of the product; of a gated one, by those of one matrix, which its tiles share.
+static uint32_t chunks_of(const struct activation *x, const struct matmul_part *parts, uint32_t n_parts,
+                          bool gated)
+{
+    uint32_t tiles = 0;
+    for (uint32_t p = 0; p < (gated ? 1 : n_parts); p++)
+        tiles += tiles_of(parts[p].weight);
+    return choose_chunks(tiles, cuda_padded_width(x->width) / CUDA_K_BLOCK);
+}
+
+static void multiply(struct cuda_device *device, const struct activation *x, uint32_t rows,
+                     const struct matmul_part *parts, uint32_t n_parts, uint32_t chunks)
+{
+    uint32_t generated = x->n_generated < rows ? x->n_generated : rows;
+    if (generated > 0)
+        multiply_generated(device, x, generated, parts, n_parts, chunks);
+    for (uint32_t p = 0; p < n_parts && generated < rows; p++)
+        cuda_gemm(device, x, rows, &parts[p]);
 }
 
 extern "C" void cuda_matmul(struct device *base, const struct activation *x, uint32_t rows,
                             const struct matmul_part *parts, uint32_t n_parts)
 {
+    multiply(cuda_device_of(base), x, rows, parts, n_parts, chunks_of(x, parts, n_parts, false));
+}
+
+extern "C" void cuda_project(struct device *base, struct activation *x, uint32_t rows,
+                             const struct row_norm *norm, const struct matmul_part *parts, uint32_t n_parts,
+                             struct activation *gated)
+{
     struct cuda_device *device = cuda_device_of(base);
-    uint32_t generated = x->n_generated < rows ? x->n_generated : rows;
-    if (generated > 0)
-        multiply_generated(device, x, generated, parts, n_parts);
-    for (uint32_t p = 0; p < n_parts && generated < rows; p++)
-        cuda_gemm(device, x, rows, &parts[p]);
+    uint32_t chunks = chunks_of(x, parts, n_parts, gated != NULL);
+    bool few = x->n_generated >= rows && rows <= CUDA_GROUP_ROWS;
+    if (few && norm->kind == NORM_RMS && !norm->bias &&
+        multiply_small(device, x, rows, norm, parts, n_parts, gated, chunks))
+        return;
+    cuda_norm(base, x, norm->x, NULL, rows, norm->kind, norm->weight, norm->bias, norm->epsilon);
+    if (few && gated && multiply_small(device, x, rows, NULL, parts, n_parts, gated, chunks))
+        return;
+    multiply(device, x, rows, parts, n_parts, chunks);
+    if (gated)
+        cuda_ffn_activate(base, gated, parts[0].out, parts[1].out, parts[0].out_stride, rows);
 }

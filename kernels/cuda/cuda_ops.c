@@ -29,6 +29,7 @@ const struct kernel_ops cuda_ops = {
     .store = cuda_store,
     .norm = cuda_norm,
     .matmul = cuda_matmul,
+    .project = cuda_project,
     .attn_prepare = cuda_attn_prepare,
     .attention = cuda_attention,
     .ffn_activate = cuda_ffn_activate,

@@ -19,15 +19,27 @@ struct product_part {
     float *out;
     uint32_t out_stride, rows, tiles;
     uint32_t first_tile; // of the parts' tiles in a row
+    uint32_t layout;     // 0, or 1 where parts have two layouts
     bool accumulate;
 };
 
-struct product_args { // up to 64 columns; all parts have the same layout and width
+// What the activations are made from, where a product makes them itself: the RMS norm of rows of f32.
+struct product_norm {
+    const float *x; // [columns][width]; NULL: they are there
+    const float *weight;
+    uint32_t width;
+    float epsilon;
+};
+
+struct product_args { // up to 64 columns; all parts have the same width
     struct product_part parts[PRODUCT_PARTS];
     uint32_t n_parts, tiles, k_blocks, chunks;
     uint32_t columns;
     const unsigned char *x; // group of an activation: [k_blocks][64][576]
     float unit;
+    struct product_norm norm;
+    struct activation_view
+        gated; // groups NULL: none; else silu(parts[0]) x parts[1] goes there, `tiles` are of one
 };
 
 __device__ __forceinline__ const struct product_part &product_part_of(const struct product_args &args,
@@ -45,6 +57,14 @@ __device__ __forceinline__ uint32_t product_chunk_begin(const struct product_arg
     return chunk * args.k_blocks / args.chunks;
 }
 
+// What a sum over K makes of row `row` of the part.
+__device__ __forceinline__ float product_finish(const struct product_args &args,
+                                                const struct product_part &part, uint32_t row, float sum)
+{
+    float value = sum * (part.factors ? part.factors[row] * args.unit : args.unit);
+    return part.bias ? value + part.bias[row] : value;
+}
+
 // Finishes one element: `sum` over K of row `row` of the part, column `column`.
 __device__ __forceinline__ void product_store(const struct product_args &args,
                                               const struct product_part &part, uint32_t row, uint32_t column,
@@ -52,9 +72,7 @@ __device__ __forceinline__ void product_store(const struct product_args &args,
 {
     if (row >= part.rows || column >= args.columns)
         return;
-    float value = sum * (part.factors ? part.factors[row] * args.unit : args.unit);
-    if (part.bias)
-        value += part.bias[row];
+    float value = product_finish(args, part, row, sum);
     float *out = part.out + (size_t)column * part.out_stride + row;
     *out = part.accumulate ? *out + value : value;
 }
@@ -113,9 +131,12 @@ __device__ __forceinline__ void copy_bulk(void *to, const void *from, unsigned b
         : "memory");
 }
 
-// --- the kernels' launchers; false: these columns or shapes are not for it ---
+// --- the kernels' launchers ---
 
-bool product_small(struct cuda_device *device, const struct product_args &args, int layout);
+// The parts' layouts, `layout` for 0 and `other` for 1. False: these columns, shapes or layouts are not for
+// it.
+bool product_small(struct cuda_device *device, const struct product_args &args, int layout, int other);
+// One layout; neither norm nor gated.
 void product_wide(struct cuda_device *device, const struct product_args &args, int layout);
 
 #endif

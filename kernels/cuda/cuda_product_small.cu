@@ -2,28 +2,36 @@
 //
 // A warp takes one run of K of one tile of 16 rows and streams its records through a ring of its own in
 // shared memory, filled by bulk copies that run ahead, the first of them started before the kernel's
-// predecessor has finished (weights depend on nobody). Activations of all columns lie in shared memory whole.
-// Where a tile has several runs their sums meet in shared memory. The number of warps is chosen so that the
-// last round is as full as the others; and where a block gets along with half of an SM's shared memory and
-// registers, its successor's blocks can already stand beside it and fill their rings.
-#include <stdlib.h>
+// predecessor has finished (weights depend on nobody). Activations of all columns lie in shared memory whole:
+// copied there, or made there from the residual, with the same arithmetic as the op norm, which saves a
+// kernel and its wait. Where a tile has several runs their sums meet in shared memory. Gated products
+// (silu(gate) up) take a tile of both matrices in turn and leave the activation for the next product. The
+// number of warps is chosen so that the last round is as full as the others.
 #include "kernels/cuda/cuda_product.cuh"
+#include "kernels/cuda/cuda_rows.cuh"
 
-enum { SMALL_COLUMNS = 8, MAX_WARPS = 28, PAIRED_WARPS = 16, MAX_SLOTS_A_WARP = 8 };
+enum { SMALL_COLUMNS = 8, NORMED_COLUMNS = 4, MAX_WARPS = 28, MAX_SLOTS_A_WARP = 8 };
 
 struct small_shape {
-    uint32_t slots; // of a warp's ring
+    uint32_t slots, slot_bytes; // of a warp's ring
     uint32_t tiles_a_pass;
+    uint32_t legs; // parts whose tiles a warp takes in turn: 2 for gated products, else 1
 };
 
-// The records of a warp, in order: passes of tiles, in each one run of K of one tile.
+// The records of a warp, in order: passes of tiles, in each one run of K of one tile (of each leg).
 struct record_walk {
-    uint32_t pass, k_block, k_end; // k_block == k_end: nothing left
-    const unsigned char *at;       // the record, or
-    size_t step;                   // bytes from a K block's record to the next one's
+    uint32_t pass, leg, k_block, k_end; // k_block == k_end: nothing left
+    uint32_t layout;                    // 0 or 1
+    const unsigned char *at;            // the record, and
+    size_t step;                        // bytes from a K block's record to the next one's
 };
 
-template <int L>
+template <int A, int B> __device__ __forceinline__ uint32_t layout_bytes(uint32_t layout)
+{
+    return A == B || layout == 0 ? record_form_of(A).bytes : record_form_of(B).bytes;
+}
+
+template <int A, int B>
 __device__ __forceinline__ void walk_enter(struct record_walk &walk, const struct product_args &args,
                                            const struct small_shape &shape, uint32_t warp)
 {
@@ -32,17 +40,18 @@ __device__ __forceinline__ void walk_enter(struct record_walk &walk, const struc
     walk.k_block = walk.k_end = 0;
     if (warp >= shape.tiles_a_pass * args.chunks || tile >= args.tiles)
         return;
-    const struct product_part &part = product_part_of(args, tile);
-    uint32_t in_part = tile - part.first_tile, panel = in_part / PANEL_TILES,
-             left = part.tiles - panel * PANEL_TILES;
+    const struct product_part &part = shape.legs == 2 ? args.parts[walk.leg] : product_part_of(args, tile);
+    uint32_t in_part = shape.legs == 2 ? tile : tile - part.first_tile;
+    uint32_t panel = in_part / PANEL_TILES, left = part.tiles - panel * PANEL_TILES;
+    uint32_t bytes = layout_bytes<A, B>(part.layout);
+    walk.layout = part.layout;
     walk.k_block = product_chunk_begin(args, chunk);
     walk.k_end = product_chunk_begin(args, chunk + 1);
-    walk.step = (size_t)(left < PANEL_TILES ? left : PANEL_TILES) * record_form_of(L).bytes;
-    walk.at = part.records +
-              record_index(in_part, walk.k_block, part.tiles, args.k_blocks) * record_form_of(L).bytes;
+    walk.step = (size_t)(left < PANEL_TILES ? left : PANEL_TILES) * bytes;
+    walk.at = part.records + record_index(in_part, walk.k_block, part.tiles, args.k_blocks) * bytes;
 }
 
-template <int L>
+template <int A, int B>
 __device__ __forceinline__ void walk_next(struct record_walk &walk, const struct product_args &args,
                                           const struct small_shape &shape, uint32_t warp)
 {
@@ -50,11 +59,24 @@ __device__ __forceinline__ void walk_next(struct record_walk &walk, const struct
     walk.at += walk.step;
     if (walk.k_block < walk.k_end)
         return;
-    walk.pass++;
-    walk_enter<L>(walk, args, shape, warp);
+    if (++walk.leg == shape.legs) {
+        walk.leg = 0;
+        walk.pass++;
+    }
+    walk_enter<A, B>(walk, args, shape, warp);
 }
 
-// Brings the activations of all columns to shared memory: [k_blocks][columns][576]. By the first warp.
+template <int A, int B>
+__device__ __forceinline__ void copy_record(const struct record_walk &walk, unsigned char *to,
+                                            barrier_t *filled)
+{
+    uint32_t bytes = layout_bytes<A, B>(walk.layout);
+    barrier_expect(filled, bytes);
+    copy_bulk(to, walk.at, bytes, filled, CACHE_FIRST_OUT);
+}
+
+// --- activations to shared memory: [k_blocks][columns][576] ---
+
 __device__ __forceinline__ void load_columns(const struct product_args &args, unsigned char *to,
                                              barrier_t *barrier, int lane)
 {
@@ -67,41 +89,95 @@ __device__ __forceinline__ void load_columns(const struct product_args &args, un
                   barrier, CACHE_LAST_OUT);
 }
 
-// Adds up the runs of the pass's tiles and stores them. By the whole block.
-__device__ __forceinline__ void reduce_pass(const struct product_args &args, const struct small_shape &shape,
-                                            const float *sums, uint32_t pass)
+// The rows' norm, as norm_kernel computes it: a warp a K block of a column. squares: [columns][k_blocks].
+__device__ void norm_columns(const struct product_args &args, unsigned char *to, float *squares)
 {
-    uint32_t n = shape.tiles_a_pass * 16 * args.columns;
-    for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) {
-        uint32_t row = i % 16, column = i / 16 % args.columns, slot = i / 16 / args.columns;
-        uint32_t tile = blockIdx.x + (pass * shape.tiles_a_pass + slot) * gridDim.x;
-        if (tile >= args.tiles)
-            continue;
-        const float *from = sums + ((size_t)slot * args.chunks * args.columns + column) * 16 + row;
-        float sum = from[0];
-        for (uint32_t c = 1; c < args.chunks; c++)
-            sum += from[c * args.columns * 16];
-        const struct product_part &part = product_part_of(args, tile);
-        product_store(args, part, (tile - part.first_tile) * CUDA_TILE_ROWS + row, column, sum);
+    uint32_t warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    uint32_t n = args.k_blocks * args.columns, width = args.norm.width;
+    struct activation_view unscaled = {};
+    unscaled.per_unit = 1;
+    for (uint32_t i = warp; i < n; i += warps) {
+        uint32_t column = i / args.k_blocks, k_block = i % args.k_blocks;
+        float values[8];
+        row_load8(args.norm.x + (size_t)column * width, k_block * CUDA_K_BLOCK + lane * 8, width, values);
+        float sum = row_chunk_squares(values);
+        if (lane == 0)
+            squares[i] = sum;
+    }
+    __syncthreads();
+    for (uint32_t i = warp; i < n; i += warps) {
+        uint32_t column = i / args.k_blocks, k_block = i % args.k_blocks,
+                 k = k_block * CUDA_K_BLOCK + lane * 8;
+        float values[8], factors[8], sum;
+        row_load8(args.norm.x + (size_t)column * width, k, width, values);
+        row_load8(args.norm.weight, k, width, factors);
+        float scale = row_scale(squares + column * args.k_blocks, args.k_blocks, width, args.norm.epsilon);
+        row_apply(values, factors, scale);
+        unsigned char *record = to + ((size_t)k_block * args.columns + column) * CUDA_BLOCK_BYTES;
+        uint4 halves = activation_round8(unscaled, values, &sum);
+        *(uint4 *)(record + lane * 16) = halves;
+        if (lane % 2 == 0)
+            activation_store_sum(record, lane / 2, sum);
     }
 }
 
-// Blocks of up to W warps, B of them on an SM.
-template <int L, int W, int B>
-__global__ void __launch_bounds__(W * 32, B)
+// --- sums of a pass, and what becomes of them ---
+
+// [slot of the pass][chunk][leg][column][row]
+__device__ __forceinline__ float sum_runs(const struct product_args &args, const struct small_shape &shape,
+                                          const float *sums, uint32_t slot, uint32_t leg, uint32_t column,
+                                          uint32_t row)
+{
+    uint32_t step = shape.legs * args.columns * 16;
+    const float *from = sums + (size_t)slot * args.chunks * step + (leg * args.columns + column) * 16 + row;
+    float sum = from[0];
+    for (uint32_t c = 1; c < args.chunks; c++)
+        sum += from[c * step];
+    return sum;
+}
+
+// Adds up the runs of the pass's tiles and stores them. By the whole block.
+__device__ __forceinline__ void finish_pass(const struct product_args &args, const struct small_shape &shape,
+                                            const float *sums, uint32_t pass)
+{
+    uint32_t n = shape.tiles_a_pass * 16 * args.columns, rounds = (n + blockDim.x - 1) / blockDim.x;
+    for (uint32_t round = 0; round < rounds; round++) {
+        uint32_t i = round * blockDim.x + threadIdx.x;
+        uint32_t row = i % 16, column = i / 16 % args.columns, slot = i / 16 / args.columns;
+        uint32_t tile = blockIdx.x + (pass * shape.tiles_a_pass + slot) * gridDim.x;
+        bool live = i < n && tile < args.tiles;
+        if (shape.legs == 1 && live) {
+            const struct product_part &part = product_part_of(args, tile);
+            product_store(args, part, (tile - part.first_tile) * CUDA_TILE_ROWS + row, column,
+                          sum_runs(args, shape, sums, slot, 0, column, row));
+        } else if (shape.legs == 2) { // whole warps: the sum of 16 rows is part of what is left
+            float gate = live ? sum_runs(args, shape, sums, slot, 0, column, row) : 0;
+            float up = live ? sum_runs(args, shape, sums, slot, 1, column, row) : 0;
+            uint32_t k = tile * CUDA_TILE_ROWS + row;
+            live = live && k < args.parts[0].rows;
+            float value = live ? row_gated(product_finish(args, args.parts[0], k, gate),
+                                           product_finish(args, args.parts[1], k, up))
+                               : 0;
+            activation_store1(args.gated, column, k, value, live);
+        }
+    }
+}
+
+template <int A, int B>
+__global__ void __launch_bounds__(MAX_WARPS * 32, 1)
     product_small_kernel(const __grid_constant__ struct product_args args, struct small_shape shape)
 {
-    constexpr uint32_t BYTES = record_form_of(L).bytes;
     extern __shared__ __align__(128) unsigned char shared[];
-    __shared__ __align__(8) barrier_t filled[W * MAX_SLOTS_A_WARP], columns_here;
+    __shared__ __align__(8) barrier_t filled[MAX_WARPS * MAX_SLOTS_A_WARP], columns_here;
     uint32_t warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, slots = shape.slots;
-    unsigned char *ring = shared + (size_t)warp * slots * BYTES, *x = shared + (size_t)warps * slots * BYTES;
-    float *sums =
-        (float *)(x + (size_t)args.k_blocks * args.columns * CUDA_BLOCK_BYTES); // [2][warps][columns][16]
+    unsigned char *ring = shared + (size_t)warp * slots * shape.slot_bytes;
+    unsigned char *x = shared + (size_t)warps * slots * shape.slot_bytes;
+    float *sums = (float *)(x + (size_t)args.k_blocks * args.columns * CUDA_BLOCK_BYTES); // two passes' worth
+    uint32_t pass_sums = warps * shape.legs * args.columns * 16;
     barrier_t *ready = filled + warp * MAX_SLOTS_A_WARP;
 
-    struct record_walk ahead = {}, here = {};
-    walk_enter<L>(ahead, args, shape, warp);
+    struct record_walk ahead = {}, here;
+    walk_enter<A, B>(ahead, args, shape, warp);
     here = ahead;
     if (lane == 0) {
         for (uint32_t i = 0; i < slots; i++)
@@ -112,60 +188,54 @@ __global__ void __launch_bounds__(W * 32, B)
     }
     __syncwarp();
     for (uint32_t i = 0; i < slots && ahead.k_block < ahead.k_end; i++) {
-        if (lane == 0) {
-            barrier_expect(ready + i, BYTES);
-            copy_bulk(ring + i * BYTES, ahead.at, BYTES, ready + i, CACHE_FIRST_OUT);
-        }
-        walk_next<L>(ahead, args, shape, warp);
+        if (lane == 0)
+            copy_record<A, B>(ahead, ring + i * shape.slot_bytes, ready + i);
+        walk_next<A, B>(ahead, args, shape, warp);
     }
     cuda_release();
     cuda_wait();
-    if (warp == 0)
+    if (args.norm.x)
+        norm_columns(args, x, sums);
+    else if (warp == 0)
         load_columns(args, x, &columns_here, lane);
     __syncthreads();
-    barrier_await(&columns_here, 0);
+    if (!args.norm.x)
+        barrier_await(&columns_here, 0);
 
     uint32_t slot = 0, parity = 0, tiles_here = (args.tiles + gridDim.x - 1 - blockIdx.x) / gridDim.x;
     uint32_t passes = (tiles_here + shape.tiles_a_pass - 1) / shape.tiles_a_pass;
     for (uint32_t pass = 0; pass < passes; pass++) {
-        float acc[1][1][4] = {};
-        bool mine = here.k_block < here.k_end && here.pass == pass;
-        while (here.k_block < here.k_end && here.pass == pass) {
-            barrier_await(ready + slot, parity);
-            record_multiply<L, 1, 1>(ring + slot * BYTES,
-                                     x + (size_t)here.k_block * args.columns * CUDA_BLOCK_BYTES, args.columns,
-                                     lane, acc);
-            __syncwarp();
-            if (ahead.k_block < ahead.k_end) {
-                if (lane == 0) {
-                    barrier_expect(ready + slot, BYTES);
-                    copy_bulk(ring + slot * BYTES, ahead.at, BYTES, ready + slot, CACHE_FIRST_OUT);
+        float *turn = sums + (pass % 2) * pass_sums, *to = turn + warp * shape.legs * args.columns * 16;
+        for (uint32_t leg = 0; leg < shape.legs; leg++, to += args.columns * 16) {
+            float acc[1][1][4] = {};
+            while (here.k_block < here.k_end && here.pass == pass && here.leg == leg) {
+                const unsigned char *columns = x + (size_t)here.k_block * args.columns * CUDA_BLOCK_BYTES;
+                barrier_await(ready + slot, parity);
+                if (A == B || here.layout == 0)
+                    record_multiply<A, 1, 1>(ring + slot * shape.slot_bytes, columns, args.columns, lane,
+                                             acc);
+                else
+                    record_multiply<B, 1, 1>(ring + slot * shape.slot_bytes, columns, args.columns, lane,
+                                             acc);
+                __syncwarp();
+                if (ahead.k_block < ahead.k_end) {
+                    if (lane == 0)
+                        copy_record<A, B>(ahead, ring + slot * shape.slot_bytes, ready + slot);
+                    walk_next<A, B>(ahead, args, shape, warp);
                 }
-                walk_next<L>(ahead, args, shape, warp);
+                walk_next<A, B>(here, args, shape, warp);
+                if (++slot == slots)
+                    slot = 0, parity ^= 1;
             }
-            walk_next<L>(here, args, shape, warp);
-            if (++slot == slots)
-                slot = 0, parity ^= 1;
-        }
-        uint32_t g = lane / 4, t = lane % 4;
-        if (args.chunks == 1) {
-            uint32_t tile = blockIdx.x + (pass * shape.tiles_a_pass + warp) * gridDim.x;
-            if (mine) {
-                const struct product_part &part = product_part_of(args, tile);
-                for (uint32_t i = 0; i < 4; i++)
-                    product_store(args, part, (tile - part.first_tile) * CUDA_TILE_ROWS + g + i / 2 * 8,
-                                  2 * t + i % 2, acc[0][0][i]);
+#pragma unroll
+            for (uint32_t i = 0; i < 4; i++) {
+                uint32_t column = 2 * (lane % 4) + i % 2;
+                if (column < args.columns)
+                    to[column * 16 + lane / 4 + i / 2 * 8] = acc[0][0][i];
             }
-            continue;
-        }
-        float *turn = sums + (size_t)(pass % 2) * warps * args.columns * 16,
-              *to = turn + warp * args.columns * 16;
-        for (uint32_t i = 0; i < 4; i++) {
-            if (2 * t + i % 2 < args.columns)
-                to[(2 * t + i % 2) * 16 + g + i / 2 * 8] = acc[0][0][i];
         }
         __syncthreads();
-        reduce_pass(args, shape, turn, pass);
+        finish_pass(args, shape, turn, pass);
     }
 }
 
@@ -182,65 +252,69 @@ static double share_of(uint32_t tiles, uint32_t chunks, uint32_t warps)
     return (double)tiles / (passes * tiles_a_pass) * (warps < 14 ? warps / 14.0 : 1);
 }
 
-static uint32_t choose_warps(const struct product_args &args, uint32_t blocks, uint32_t most, double *share)
+static uint32_t choose_warps(const struct product_args &args, uint32_t blocks)
 {
     uint32_t tiles = (args.tiles + blocks - 1) / blocks, best = 8;
-    *share = share_of(tiles, args.chunks, best);
-    for (uint32_t warps = 12; warps <= most; warps += 4) {
+    double share = share_of(tiles, args.chunks, best);
+    for (uint32_t warps = 12; warps <= MAX_WARPS; warps += 4) {
         double one = share_of(tiles, args.chunks, warps);
-        if (one > *share + 0.02 || (one > *share - 0.02 && warps <= 20)) {
+        if (one > share + 0.02 || (one > share - 0.02 && warps <= 20)) {
             best = warps;
-            *share = one > *share ? one : *share;
+            share = one > share ? one : share;
         }
     }
     return best;
 }
 
-// Launches with what fits `room` bytes of shared memory; false when that is not two records a warp.
-template <int L, int W, int B>
-static bool launch(struct cuda_device *device, const struct product_args &args, uint32_t blocks,
-                   uint32_t warps, size_t room)
+// False when the columns and two records a warp do not fit shared memory.
+template <int A, int B> static bool launch(struct cuda_device *device, const struct product_args &args)
 {
-    constexpr uint32_t BYTES = record_form_of(L).bytes;
+    uint32_t blocks = args.tiles < (uint32_t)device->sms ? args.tiles : (uint32_t)device->sms;
+    uint32_t warps = choose_warps(args, blocks);
+    struct small_shape shape = {};
+    shape.legs = args.gated.groups ? 2 : 1;
+    shape.tiles_a_pass = warps / args.chunks;
+    shape.slot_bytes =
+        record_form_of(A).bytes > record_form_of(B).bytes ? record_form_of(A).bytes : record_form_of(B).bytes;
     size_t x = (size_t)args.k_blocks * args.columns * CUDA_BLOCK_BYTES;
-    size_t sums = args.chunks > 1 ? (size_t)2 * warps * args.columns * 16 * sizeof(float) : 0;
-    room -= W * MAX_SLOTS_A_WARP * sizeof(barrier_t) + 1024 + 128; // the barriers, and what the system takes
-    if (x + sums + (size_t)warps * 2 * BYTES > room)
+    size_t sums = (size_t)2 * warps * shape.legs * args.columns * 16 * sizeof(float);
+    size_t squares = args.norm.x ? args.k_blocks * args.columns * sizeof(float) : 0;
+    sums = sums > squares ? sums : squares;
+    size_t room = device->shared_limit - MAX_WARPS * MAX_SLOTS_A_WARP * sizeof(barrier_t) - 128;
+    if (x + sums + (size_t)warps * 2 * shape.slot_bytes > room)
         return false;
-    uint32_t slots = (uint32_t)((room - x - sums) / (warps * BYTES));
-    struct small_shape shape = {slots < MAX_SLOTS_A_WARP ? slots : (uint32_t)MAX_SLOTS_A_WARP,
-                                warps / args.chunks};
+    uint32_t slots = (uint32_t)((room - x - sums) / (warps * shape.slot_bytes));
+    shape.slots = slots < MAX_SLOTS_A_WARP ? slots : (uint32_t)MAX_SLOTS_A_WARP;
     static bool prepared;
     if (!prepared)
         prepared = !cuda_failed(device,
-                                cudaFuncSetAttribute(product_small_kernel<L, W, B>,
+                                cudaFuncSetAttribute(product_small_kernel<A, B>,
                                                      cudaFuncAttributeMaxDynamicSharedMemorySize, (int)room),
                                 "preparing a product");
-    cuda_launch(device, "product", product_small_kernel<L, W, B>, blocks, warps * 32,
-                (size_t)warps * shape.slots * BYTES + x + sums, args, shape);
+    cuda_launch(device, "product", product_small_kernel<A, B>, blocks, warps * 32,
+                (size_t)warps * shape.slots * shape.slot_bytes + x + sums, args, shape);
     return true;
 }
 
-template <int L> static bool choose(struct cuda_device *device, const struct product_args &args)
+template <int L> static bool launch_one(struct cuda_device *device, const struct product_args &args)
 {
-    uint32_t blocks = args.tiles < (uint32_t)device->sms ? args.tiles : (uint32_t)device->sms;
-    double paired_share, alone_share;
-    uint32_t paired = choose_warps(args, blocks, PAIRED_WARPS, &paired_share);
-    uint32_t alone = choose_warps(args, blocks, MAX_WARPS, &alone_share);
-    static int mode = -1;
-    if (mode < 0)
-        mode = getenv("STRATA_X") ? atoi(getenv("STRATA_X")) : 0;
-    if (mode == 0 && paired_share > alone_share - 0.2 &&
-        launch<L, PAIRED_WARPS, 2>(device, args, blocks, paired, (device->shared_limit + 1024) / 2))
-        return true;
-    return launch<L, MAX_WARPS, 1>(device, args, blocks, alone, device->shared_limit + 1024);
+    return launch<L, L>(device, args);
 }
 
-bool product_small(struct cuda_device *device, const struct product_args &args, int layout)
+bool product_small(struct cuda_device *device, const struct product_args &args, int layout, int other)
 {
     static bool (*const LAUNCH[RECORD_LAYOUTS])(struct cuda_device *, const struct product_args &) = {
-        choose<RECORD_NIBBLES>,  choose<RECORD_NIBBLES_16>, choose<RECORD_FIVES>,    choose<RECORD_SIXES>,
-        choose<RECORD_SCALED_4>, choose<RECORD_SCALED_5>,   choose<RECORD_SCALED_8>, choose<RECORD_HALVES>,
+        launch_one<RECORD_NIBBLES>,  launch_one<RECORD_NIBBLES_16>, launch_one<RECORD_FIVES>,
+        launch_one<RECORD_SIXES>,    launch_one<RECORD_SCALED_4>,   launch_one<RECORD_SCALED_5>,
+        launch_one<RECORD_SCALED_8>, launch_one<RECORD_HALVES>,
     };
-    return args.columns <= SMALL_COLUMNS && LAUNCH[layout](device, args);
+    if (args.columns > (args.norm.x ? NORMED_COLUMNS : SMALL_COLUMNS))
+        return false;
+    if (other == layout)
+        return LAUNCH[layout](device, args);
+    if (layout == RECORD_NIBBLES && other == RECORD_SIXES) // the mixes of Q4_K_M and Q5_K_M
+        return launch<RECORD_NIBBLES, RECORD_SIXES>(device, args);
+    if (layout == RECORD_FIVES && other == RECORD_SIXES)
+        return launch<RECORD_FIVES, RECORD_SIXES>(device, args);
+    return false;
 }

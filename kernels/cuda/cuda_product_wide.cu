@@ -222,7 +222,7 @@ static uint32_t choose_tiles(const struct cuda_device *device, const struct prod
     uint32_t places = (uint32_t)device->sms / args.chunks * args.chunks, best = step, best_cost = ~0u;
     if (args.chunks > 2)
         places -= args.chunks;
-    for (uint32_t tiles = step; tiles <= most; tiles += step) {
+    for (uint32_t tiles = step; tiles <= most; tiles += step) { // whole turns of the four schedulers
         uint32_t cost = (blocks_of(args, tiles) + places - 1) / places * (tiles + 2);
         if (cost <= best_cost) {
             best = tiles;
@@ -239,7 +239,7 @@ static void launch(struct cuda_device *device, const struct product_args &args)
     size_t room = device->shared_limit - 1024, columns = (size_t)args.columns * CUDA_BLOCK_BYTES;
     uint32_t most = (uint32_t)((room / 2 - columns - 128) / BYTES); // two stages at least
     struct wide_shape shape = {};
-    shape.tiles = choose_tiles(device, args, most < WIDE_TILES ? most / R * R : (uint32_t)WIDE_TILES, R);
+    shape.tiles = choose_tiles(device, args, most < WIDE_TILES ? most : (uint32_t)WIDE_TILES, 4 * R);
     shape.columns_at = shape.tiles * BYTES;
     shape.stage_bytes = (uint32_t)((shape.columns_at + columns + 127) / 128 * 128);
     shape.stages = (uint32_t)(room / shape.stage_bytes);

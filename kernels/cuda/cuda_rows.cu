@@ -1,10 +1,8 @@
 // Ops on whole rows: tokens, embedding, norms, the inside of the FFN, and storing activations. They move
 // little and mostly wait for their predecessor, so each is one kernel with one block a row (or a piece of a
 // row), and everything a row needs fits its block's registers. Queued by the executor's thread.
-#include "kernels/cuda/cuda_kernel.cuh"
+#include "kernels/cuda/cuda_rows.cuh"
 #include "kernels/cuda/cuda_source.cuh"
-
-enum { ACTIVATED_UNIT = 32 }; // the FFN's inside may pass what a half holds: it is stored over 32
 
 extern "C" size_t cuda_activation_bytes(const struct device *device, uint32_t width, uint32_t rows,
                                         unsigned forms)
@@ -75,93 +73,68 @@ extern "C" void cuda_embed(struct device *base, float *x, const struct matrix *t
 
 // --- whole rows ---
 
-// The sum over a block, in one order: lanes of a warp by halves, then the warps ascending.
-__device__ float block_sum(float value, float *shared)
-{
-    for (int offset = 16; offset; offset >>= 1)
-        value += __shfl_xor_sync(~0u, value, offset);
-    __syncthreads(); // an earlier sum was read
-    if (threadIdx.x % 32 == 0)
-        shared[threadIdx.x / 32] = value;
-    __syncthreads();
-    float sum = 0;
-    for (uint32_t i = 0; i < blockDim.x / 32; i++)
-        sum += shared[i];
-    return sum;
-}
-
-// Eight values from k on; zero from `width` on.
-__device__ void load8(const float *x, uint32_t k, uint32_t width, float *out)
-{
-    if (k + 8 <= width && ((uintptr_t)(x + k) & 15) == 0) {
-        float4 low = *(const float4 *)(x + k), high = *(const float4 *)(x + k + 4);
-        out[0] = low.x, out[1] = low.y, out[2] = low.z, out[3] = low.w;
-        out[4] = high.x, out[5] = high.y, out[6] = high.z, out[7] = high.w;
-        return;
-    }
-    for (uint32_t i = 0; i < 8; i++)
-        out[i] = k + i < width ? x[k + i] : 0;
-}
-
 // How many threads a row gets, by its width alone: eight elements each, in as many turns as it takes.
 static uint32_t row_threads(uint32_t width)
 {
-    uint32_t threads = ((width + 7) / 8 + 31) / 32 * 32;
+    uint32_t threads = cuda_padded_width(width) / 8;
     return threads < 1024 ? threads : 1024;
 }
 
-enum { KEPT = 2 }; // turns whose elements stay in registers; later ones are read again
-
+// One block a row. `chunks` (shared memory): a sum for each K block.
 template <bool LAYER>
 __global__ void __launch_bounds__(1024)
     norm_kernel(struct activation_view out, const float *x, const uint32_t *index, uint32_t width,
                 const float *weight, const float *bias, float epsilon)
 {
-    __shared__ float shared[32];
-    uint32_t row = blockIdx.x, step = 8 * blockDim.x, first = 8 * threadIdx.x;
-    float kept[KEPT][8], values[8], factors[8], shifts[8], sum = 0, squares = 0;
-    load8(weight, first, width, factors); // nobody writes weights in a step
+    extern __shared__ float chunks[];
+    uint32_t row = blockIdx.x, step = 8 * blockDim.x, first = 8 * threadIdx.x, lane = threadIdx.x % 32;
+    float kept[8], values[8], factors[8], shifts[8], mean = 0;
+    row_load8(weight, first, width, factors); // nobody writes weights in a step
     cuda_release();
     cuda_wait();
     const float *from = x + (size_t)(index ? index[row] : row) * width;
-#pragma unroll
-    for (int i = 0; i < KEPT; i++)
-        load8(from, first + i * step, width, kept[i]);
+    row_load8(from, first, width, kept);
     if (LAYER) { // the variance takes a pass of its own: a difference of squares would cancel
-        for (uint32_t k = first; k < width; k += step) {
-            load8(from, k, width, values);
+        for (uint32_t k = first; k < out.k_blocks * CUDA_K_BLOCK; k += step) {
+            float sum = 0;
+            row_load8(from, k, width, values);
             for (int e = 0; e < 8; e++)
                 sum += values[e];
+            sum = row_warp_sum(sum);
+            if (lane == 0)
+                chunks[k / CUDA_K_BLOCK] = sum;
         }
+        __syncthreads();
+        mean = row_chunks_sum(chunks, out.k_blocks) / width;
+        __syncthreads();
     }
-    float mean = LAYER ? block_sum(sum, shared) / width : 0;
-#pragma unroll
-    for (int i = 0; i < KEPT; i++) {
-        for (int e = 0; e < 8; e++) {
-            float centred = first + i * step + e < width ? kept[i][e] - mean : 0;
-            squares = fmaf(centred, centred, squares);
-        }
-    }
-    for (uint32_t k = first + KEPT * step; k < width; k += step) {
-        load8(from, k, width, values);
-        for (int e = 0; e < 8; e++)
-            squares = k + e < width ? fmaf(values[e] - mean, values[e] - mean, squares) : squares;
-    }
-    float scale = 1.0f / sqrtf(block_sum(squares, shared) / width + epsilon);
-    for (uint32_t turn = 0; turn * step < width; turn++) { // all threads take every turn
-        uint32_t k = first + turn * step;
-        if (turn == 0)
-            memcpy(values, kept[0], sizeof(values));
+    for (uint32_t k = first; k < out.k_blocks * CUDA_K_BLOCK; k += step) { // whole warps take every turn
+        if (k == first)
+            memcpy(values, kept, sizeof(values));
         else
-            load8(from, k, width, values);
-        if (turn > 0)
-            load8(weight, k, width, factors);
-        if (bias)
-            load8(bias, k, width, shifts);
-        for (int e = 0; e < 8; e++) {
-            float normed = (values[e] - mean) * scale * factors[e];
-            values[e] = k + e >= width ? 0 : bias ? normed + shifts[e] : normed;
+            row_load8(from, k, width, values);
+        for (int e = 0; LAYER && e < 8; e++)
+            values[e] = k + e < width ? values[e] - mean : 0;
+        float sum = row_chunk_squares(values);
+        if (lane == 0)
+            chunks[k / CUDA_K_BLOCK] = sum;
+    }
+    __syncthreads();
+    float scale = row_scale(chunks, out.k_blocks, width, epsilon);
+    for (uint32_t k = first; k < out.k_blocks * CUDA_K_BLOCK; k += step) {
+        if (k == first) {
+            memcpy(values, kept, sizeof(values));
+        } else {
+            row_load8(from, k, width, values);
+            row_load8(weight, k, width, factors);
         }
+        for (int e = 0; LAYER && e < 8; e++)
+            values[e] -= mean;
+        row_apply(values, factors, scale);
+        if (bias)
+            row_load8(bias, k, width, shifts);
+        for (int e = 0; e < 8; e++)
+            values[e] = k + e >= width ? 0 : bias ? values[e] + shifts[e] : values[e];
         activation_store8(out, row, k, values, k < width);
     }
 }
@@ -174,16 +147,11 @@ extern "C" void cuda_norm(struct device *base, struct activation *out, const flo
     if (rows == 0)
         return;
     cuda_launch(cuda_device_of(base), "norm", kind == NORM_LAYER ? norm_kernel<true> : norm_kernel<false>,
-                rows, row_threads(out->width), 0, activation_view_of(out), x, index, out->width, weight, bias,
-                epsilon);
+                rows, row_threads(out->width), cuda_padded_width(out->width) / CUDA_K_BLOCK * sizeof(float),
+                activation_view_of(out), x, index, out->width, weight, bias, epsilon);
 }
 
 // --- element by element ---
-
-__device__ __forceinline__ float silu(float x)
-{
-    return x / (1.0f + __expf(-x));
-}
 
 __device__ __forceinline__ float gelu_tanh(float x)
 {
@@ -199,11 +167,11 @@ __global__ void activate_kernel(struct activation_view out, const float *gate, c
     uint32_t row = blockIdx.y, k = 8 * (blockIdx.x * blockDim.x + threadIdx.x);
     float values[8] = {}, gates[8];
     if (k < width)
-        load8(up + (size_t)row * stride, k, width, values);
+        row_load8(up + (size_t)row * stride, k, width, values);
     if (k < width && gate)
-        load8(gate + (size_t)row * stride, k, width, gates);
+        row_load8(gate + (size_t)row * stride, k, width, gates);
     for (int e = 0; e < 8 && k < width; e++)
-        values[e] = gate ? silu(gates[e]) * values[e] : plain ? gelu_tanh(values[e]) : values[e];
+        values[e] = gate ? row_gated(gates[e], values[e]) : plain ? gelu_tanh(values[e]) : values[e];
     activation_store8(out, row, k, values, k < width);
 }
 
@@ -220,7 +188,7 @@ static void activate(struct device *base, struct activation *out, const float *g
 extern "C" void cuda_ffn_activate(struct device *base, struct activation *out, const float *gate,
                                   const float *up, uint32_t stride, uint32_t rows)
 {
-    out->unit = ACTIVATED_UNIT;
+    out->unit = CUDA_ACTIVATED_UNIT;
     activate(base, out, gate, up, stride, rows, true);
 }
 
