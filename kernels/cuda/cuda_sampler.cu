@@ -135,7 +135,7 @@ __device__ void draw_row(struct vocab_row &part, const struct sample_call &call,
 }
 
 template <bool SHARED>
-__global__ void ROW_CLUSTER __launch_bounds__(ROW_THREADS)
+__global__ void ROW_CLUSTER __launch_bounds__(ROW_THREADS, 2)
     sample_rows(const __grid_constant__ struct sample_call call)
 {
     extern __shared__ float4 part_memory[];
@@ -190,7 +190,7 @@ struct score_call {
 };
 
 // The logits are read where they lie: only alternatives need more than two passes.
-__global__ void ROW_CLUSTER __launch_bounds__(ROW_THREADS)
+__global__ void ROW_CLUSTER __launch_bounds__(ROW_THREADS, 2)
     score_rows(const __grid_constant__ struct score_call call)
 {
     __shared__ struct row_shared shared;

@@ -432,10 +432,10 @@ __device__ __forceinline__ row_mass bin_total(const struct vocab_row &row, uint3
     *count = 0;
 #pragma unroll
     for (uint32_t part = 0; part < ROW_PARTS; part++) {
-        *count += *cluster_peer(&row.shared->counts[bin], part);
+        const struct row_shared *peer = cluster_peer(row.shared, part);
+        *count += peer->counts[bin];
         if (MASS)
-            mass += (row_mass)*cluster_peer(&row.shared->mass_high[bin], part) << 32 |
-                    *cluster_peer(&row.shared->mass_low[bin], part);
+            mass += (row_mass)peer->mass_high[bin] << 32 | peer->mass_low[bin];
     }
     return MASS ? mass : *count;
 }
