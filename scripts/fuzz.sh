@@ -5,8 +5,8 @@ set -eu
 
 build=$1
 seconds=$2
-cmake -S . -B "$build" -G Ninja -DCMAKE_C_COMPILER=clang -DSTRATA_FUZZ=ON -DSTRATA_SANITIZE=address,undefined \
-    > /dev/null
+cmake -S . -B "$build" -G Ninja -DCMAKE_C_COMPILER=clang -DSTRATA_CUDA=OFF -DSTRATA_FUZZ=ON \
+    -DSTRATA_SANITIZE=address,undefined > /dev/null
 targets=$(cd tests/fuzz && ls ./*_fuzz.c | sed 's|^\./||; s|\.c$||')
 # shellcheck disable=SC2086
 ninja -C "$build" $targets

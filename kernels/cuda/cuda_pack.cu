@@ -308,6 +308,9 @@ extern "C" int cuda_matrix_pack(struct device *base, const struct matrix *matrix
 {
     struct cuda_device *device = cuda_device_of(base);
     struct pack_args args = pack_args_of(matrix);
+    if (tensor_type_bytes(matrix->type, matrix->width, matrix->rows) == 0)
+        return error_set(error, STATUS_INVALID, "a matrix of %u x %u weights cannot have type %u",
+                         matrix->rows, matrix->width, matrix->type);
     if (matrix->table) {
         cuda_upload(base, matrix->data, source, matrix->bytes);
         return STATUS_OK;

@@ -66,8 +66,8 @@ static void read_activation_row(const uint8_t *data, uint32_t width, uint32_t ro
             sum += out[i];
             size += fabs(out[i]);
         }
-        ck_assert_msg(fabs(got - sum) <= 1e-6 * size + 0x1p-18, "sum of row %u before %u: %.9g, not %.9g", t, k + 1,
-                      got, sum);
+        ck_assert_msg(fabs(got - sum) <= 1e-6 * size + 0x1p-18, "sum of row %u before %u: %.9g, not %.9g", t,
+                      k + 1, got, sum);
     }
 }
 

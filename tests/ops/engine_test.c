@@ -103,7 +103,7 @@ static double oracle_distance(const char *options, uint32_t level)
     double *oracle;
     size_t count;
     ck_assert_msg(engine_oracle(options, prompt, PROMPT, model, sizeof(model), &oracle, &count),
-                  "the generator and the oracle need /usr/bin/python3 with numpy");
+                  "the generator and the oracle need a python3 with numpy");
     ck_assert_uint_eq(count, (size_t)PROMPT * VOCAB);
     struct record *record = new_record(VOCAB);
     struct engine *engine = open_engine(model, 1, 2, level, record);
@@ -196,7 +196,7 @@ static void make_model(const char *family, const char *mix, char *model, size_t 
     size_t count;
     snprintf(options, sizeof(options), "%s mix=%s" SHAPE, family, mix);
     ck_assert_msg(engine_oracle(options, prompt, PROMPT, model, capacity, &oracle, &count),
-                  "the generator and the oracle need /usr/bin/python3 with numpy");
+                  "the generator and the oracle need a python3 with numpy");
     free(oracle);
 }
 

@@ -15,22 +15,22 @@ enum { VOCAB = 300, SLOTS = 12, CONTEXT = 256, POSITIONS = 200, C = 256, LAYERS 
 static char model[1024];
 static struct local_engine engine;
 static struct error error;
-static struct device_options DEVICE = {.threads = 1};
+static struct device_options where = {.threads = 1}; // its backend: see open_engine
 
 static void open_engine(int vocabulary)
 {
-    DEVICE.backend = getenv("STRATA_TEST_BACKEND");
     const int32_t token = 1;
     char options[128];
     double *logits;
     size_t count;
+    where.backend = getenv("STRATA_TEST_BACKEND");
     snprintf(options, sizeof(options),
              "arch=llama mix=q8_0 layers=2 vocab_size=%d embd=256 heads=4 kv_heads=2 ffn=256 context=512",
              vocabulary);
     ck_assert_msg(engine_oracle(options, &token, 1, model, sizeof(model), &logits, &count),
-                  "the generator needs /usr/bin/python3 with numpy");
+                  "the generator needs a python3 with numpy");
     free(logits);
-    ck_assert_msg(local_engine_open(&engine, model, &DEVICE, SLOTS, CONTEXT, POSITIONS, &error) == 0, "%s",
+    ck_assert_msg(local_engine_open(&engine, model, &where, SLOTS, CONTEXT, POSITIONS, &error) == 0, "%s",
                   error.text);
 }
 
@@ -626,7 +626,7 @@ static const struct link_ops FAKE_OPS = {.send = fake_send, .receive = fake_rece
 // Both kinds of link: what is on the CPU device's memory is on the host's.
 static bool is_played(int on_device)
 {
-    return !on_device || !DEVICE.backend || strcmp(DEVICE.backend, "cpu") == 0;
+    return !on_device || !where.backend || strcmp(where.backend, "cpu") == 0;
 }
 
 static struct executor *new_stage(uint32_t stage)

@@ -335,7 +335,7 @@ static void setup(void)
         engine_oracle(
             "arch=llama mix=q8_0 layers=3 vocab_size=300 embd=256 heads=4 kv_heads=2 ffn=256 context=512",
             &token, 1, model, sizeof(model), &logits, &count),
-        "the generator needs /usr/bin/python3 with numpy");
+        "the generator needs a python3 with numpy");
     free(logits);
     port = 0;
     address[0] = '\0';
