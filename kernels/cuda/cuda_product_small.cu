@@ -7,10 +7,11 @@
 // kernel and its wait. Where a tile has several runs their sums meet in shared memory. Gated products
 // (silu(gate) up) take a tile of both matrices in turn and leave the activation for the next product. The
 // number of warps is chosen so that the last round is as full as the others.
+#include <stdlib.h>
 #include "kernels/cuda/cuda_product.cuh"
 #include "kernels/cuda/cuda_rows.cuh"
 
-enum { SMALL_COLUMNS = 8, NORMED_COLUMNS = 4, MAX_WARPS = 28, MAX_SLOTS_A_WARP = 8 };
+enum { SMALL_COLUMNS = 8, NORMED_COLUMNS = 4, MAX_WARPS = 28, PAIRED_WARPS = 16, MAX_SLOTS_A_WARP = 8 };
 
 struct small_shape {
     uint32_t slots, slot_bytes; // of a warp's ring
@@ -90,34 +91,69 @@ __device__ __forceinline__ void load_columns(const struct product_args &args, un
 }
 
 // The rows' norm, as norm_kernel computes it: a warp a K block of a column. squares: [columns][k_blocks].
+struct norm_piece { // eight elements of a lane
+    uint32_t column, k_block;
+    float values[8], factors[8];
+};
+
+__device__ __forceinline__ void norm_load(const struct product_args &args, struct norm_piece &piece,
+                                          uint32_t i)
+{
+    uint32_t width = args.norm.width;
+    piece.column = i / args.k_blocks;
+    piece.k_block = i % args.k_blocks;
+    uint32_t k = piece.k_block * CUDA_K_BLOCK + threadIdx.x % 32 * 8;
+    row_load8(args.norm.x + (size_t)piece.column * width, k, width, piece.values);
+    row_load8(args.norm.weight, k, width, piece.factors);
+}
+
+__device__ __forceinline__ void norm_store(const struct product_args &args, struct norm_piece &piece,
+                                           const float *squares, unsigned char *to)
+{
+    uint32_t lane = threadIdx.x % 32;
+    struct activation_view unscaled = {};
+    float sum, scale = row_scale(squares + piece.column * args.k_blocks, args.k_blocks, args.norm.width,
+                                 args.norm.epsilon);
+    unsigned char *record = to + ((size_t)piece.k_block * args.columns + piece.column) * CUDA_BLOCK_BYTES;
+    unscaled.per_unit = 1;
+    row_apply(piece.values, piece.factors, scale);
+    *(uint4 *)(record + lane * 16) = activation_round8(unscaled, piece.values, &sum);
+    if (lane % 2 == 0)
+        activation_store_sum(record, lane / 2, sum);
+}
+
+// Two pieces a warp are kept in registers from the sums to the end, so that most rows are read once.
 __device__ void norm_columns(const struct product_args &args, unsigned char *to, float *squares)
 {
     uint32_t warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    uint32_t n = args.k_blocks * args.columns, width = args.norm.width;
-    struct activation_view unscaled = {};
-    unscaled.per_unit = 1;
-    for (uint32_t i = warp; i < n; i += warps) {
-        uint32_t column = i / args.k_blocks, k_block = i % args.k_blocks;
-        float values[8];
-        row_load8(args.norm.x + (size_t)column * width, k_block * CUDA_K_BLOCK + lane * 8, width, values);
-        float sum = row_chunk_squares(values);
+    uint32_t n = args.k_blocks * args.columns;
+    struct norm_piece kept[2], more;
+#pragma unroll
+    for (uint32_t j = 0; j < 2; j++) {
+        if (warp + j * warps < n)
+            norm_load(args, kept[j], warp + j * warps);
+    }
+#pragma unroll
+    for (uint32_t j = 0; j < 2; j++) {
+        float sum = warp + j * warps < n ? row_chunk_squares(kept[j].values) : 0;
+        if (lane == 0 && warp + j * warps < n)
+            squares[warp + j * warps] = sum;
+    }
+    for (uint32_t i = warp + 2 * warps; i < n; i += warps) {
+        norm_load(args, more, i);
+        float sum = row_chunk_squares(more.values);
         if (lane == 0)
             squares[i] = sum;
     }
     __syncthreads();
-    for (uint32_t i = warp; i < n; i += warps) {
-        uint32_t column = i / args.k_blocks, k_block = i % args.k_blocks,
-                 k = k_block * CUDA_K_BLOCK + lane * 8;
-        float values[8], factors[8], sum;
-        row_load8(args.norm.x + (size_t)column * width, k, width, values);
-        row_load8(args.norm.weight, k, width, factors);
-        float scale = row_scale(squares + column * args.k_blocks, args.k_blocks, width, args.norm.epsilon);
-        row_apply(values, factors, scale);
-        unsigned char *record = to + ((size_t)k_block * args.columns + column) * CUDA_BLOCK_BYTES;
-        uint4 halves = activation_round8(unscaled, values, &sum);
-        *(uint4 *)(record + lane * 16) = halves;
-        if (lane % 2 == 0)
-            activation_store_sum(record, lane / 2, sum);
+#pragma unroll
+    for (uint32_t j = 0; j < 2; j++) {
+        if (warp + j * warps < n)
+            norm_store(args, kept[j], squares, to);
+    }
+    for (uint32_t i = warp + 2 * warps; i < n; i += warps) {
+        norm_load(args, more, i);
+        norm_store(args, more, squares, to);
     }
 }
 
@@ -163,12 +199,13 @@ __device__ __forceinline__ void finish_pass(const struct product_args &args, con
     }
 }
 
-template <int A, int B>
-__global__ void __launch_bounds__(MAX_WARPS * 32, 1)
+// Blocks of up to W warps, N of them on an SM.
+template <int A, int B, int W, int N>
+__global__ void __launch_bounds__(W * 32, N)
     product_small_kernel(const __grid_constant__ struct product_args args, struct small_shape shape)
 {
     extern __shared__ __align__(128) unsigned char shared[];
-    __shared__ __align__(8) barrier_t filled[MAX_WARPS * MAX_SLOTS_A_WARP], columns_here;
+    __shared__ __align__(8) barrier_t filled[W * MAX_SLOTS_A_WARP], columns_here;
     uint32_t warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, slots = shape.slots;
     unsigned char *ring = shared + (size_t)warp * slots * shape.slot_bytes;
     unsigned char *x = shared + (size_t)warps * slots * shape.slot_bytes;
@@ -252,25 +289,25 @@ static double share_of(uint32_t tiles, uint32_t chunks, uint32_t warps)
     return (double)tiles / (passes * tiles_a_pass) * (warps < 14 ? warps / 14.0 : 1);
 }
 
-static uint32_t choose_warps(const struct product_args &args, uint32_t blocks)
+static uint32_t choose_warps(const struct product_args &args, uint32_t blocks, uint32_t most, double *share)
 {
     uint32_t tiles = (args.tiles + blocks - 1) / blocks, best = 8;
-    double share = share_of(tiles, args.chunks, best);
-    for (uint32_t warps = 12; warps <= MAX_WARPS; warps += 4) {
+    *share = share_of(tiles, args.chunks, best);
+    for (uint32_t warps = 12; warps <= most; warps += 4) {
         double one = share_of(tiles, args.chunks, warps);
-        if (one > share + 0.02 || (one > share - 0.02 && warps <= 20)) {
+        if (one > *share + 0.02 || (one > *share - 0.02 && warps <= 20)) {
             best = warps;
-            share = one > share ? one : share;
+            *share = one > *share ? one : *share;
         }
     }
     return best;
 }
 
-// False when the columns and two records a warp do not fit shared memory.
-template <int A, int B> static bool launch(struct cuda_device *device, const struct product_args &args)
+// False when the columns and two records a warp do not fit `room` bytes of shared memory.
+template <int A, int B, int W, int N>
+static bool launch(struct cuda_device *device, const struct product_args &args, uint32_t blocks,
+                   uint32_t warps, size_t room)
 {
-    uint32_t blocks = args.tiles < (uint32_t)device->sms ? args.tiles : (uint32_t)device->sms;
-    uint32_t warps = choose_warps(args, blocks);
     struct small_shape shape = {};
     shape.legs = args.gated.groups ? 2 : 1;
     shape.tiles_a_pass = warps / args.chunks;
@@ -280,7 +317,7 @@ template <int A, int B> static bool launch(struct cuda_device *device, const str
     size_t sums = (size_t)2 * warps * shape.legs * args.columns * 16 * sizeof(float);
     size_t squares = args.norm.x ? args.k_blocks * args.columns * sizeof(float) : 0;
     sums = sums > squares ? sums : squares;
-    size_t room = device->shared_limit - MAX_WARPS * MAX_SLOTS_A_WARP * sizeof(barrier_t) - 128;
+    room -= W * MAX_SLOTS_A_WARP * sizeof(barrier_t) + 1024 + 128; // the barriers, and what the system takes
     if (x + sums + (size_t)warps * 2 * shape.slot_bytes > room)
         return false;
     uint32_t slots = (uint32_t)((room - x - sums) / (warps * shape.slot_bytes));
@@ -288,33 +325,48 @@ template <int A, int B> static bool launch(struct cuda_device *device, const str
     static bool prepared;
     if (!prepared)
         prepared = !cuda_failed(device,
-                                cudaFuncSetAttribute(product_small_kernel<A, B>,
+                                cudaFuncSetAttribute(product_small_kernel<A, B, W, N>,
                                                      cudaFuncAttributeMaxDynamicSharedMemorySize, (int)room),
                                 "preparing a product");
-    cuda_launch(device, "product", product_small_kernel<A, B>, blocks, warps * 32,
+    cuda_launch(device, "product", product_small_kernel<A, B, W, N>, blocks, warps * 32,
                 (size_t)warps * shape.slots * shape.slot_bytes + x + sums, args, shape);
     return true;
 }
 
-template <int L> static bool launch_one(struct cuda_device *device, const struct product_args &args)
+template <int A, int B> static bool choose(struct cuda_device *device, const struct product_args &args)
 {
-    return launch<L, L>(device, args);
+    uint32_t blocks = args.tiles < (uint32_t)device->sms ? args.tiles : (uint32_t)device->sms;
+    double paired_share, alone_share;
+    uint32_t paired = choose_warps(args, blocks, PAIRED_WARPS, &paired_share);
+    uint32_t alone = choose_warps(args, blocks, MAX_WARPS, &alone_share);
+    static int mode = -1;
+    if (mode < 0)
+        mode = getenv("STRATA_X") ? atoi(getenv("STRATA_X")) : 0;
+    if (mode == 1 && paired_share > alone_share - 0.2 &&
+        launch<A, B, PAIRED_WARPS, 2>(device, args, blocks, paired, (device->shared_limit + 1024) / 2))
+        return true;
+    return launch<A, B, MAX_WARPS, 1>(device, args, blocks, alone, device->shared_limit + 1024);
+}
+
+template <int L> static bool choose_one(struct cuda_device *device, const struct product_args &args)
+{
+    return choose<L, L>(device, args);
 }
 
 bool product_small(struct cuda_device *device, const struct product_args &args, int layout, int other)
 {
     static bool (*const LAUNCH[RECORD_LAYOUTS])(struct cuda_device *, const struct product_args &) = {
-        launch_one<RECORD_NIBBLES>,  launch_one<RECORD_NIBBLES_16>, launch_one<RECORD_FIVES>,
-        launch_one<RECORD_SIXES>,    launch_one<RECORD_SCALED_4>,   launch_one<RECORD_SCALED_5>,
-        launch_one<RECORD_SCALED_8>, launch_one<RECORD_HALVES>,
+        choose_one<RECORD_NIBBLES>,  choose_one<RECORD_NIBBLES_16>, choose_one<RECORD_FIVES>,
+        choose_one<RECORD_SIXES>,    choose_one<RECORD_SCALED_4>,   choose_one<RECORD_SCALED_5>,
+        choose_one<RECORD_SCALED_8>, choose_one<RECORD_HALVES>,
     };
     if (args.columns > (args.norm.x ? NORMED_COLUMNS : SMALL_COLUMNS))
         return false;
     if (other == layout)
         return LAUNCH[layout](device, args);
     if (layout == RECORD_NIBBLES && other == RECORD_SIXES) // the mixes of Q4_K_M and Q5_K_M
-        return launch<RECORD_NIBBLES, RECORD_SIXES>(device, args);
+        return choose<RECORD_NIBBLES, RECORD_SIXES>(device, args);
     if (layout == RECORD_FIVES && other == RECORD_SIXES)
-        return launch<RECORD_FIVES, RECORD_SIXES>(device, args);
+        return choose<RECORD_FIVES, RECORD_SIXES>(device, args);
     return false;
 }

@@ -1,12 +1,12 @@
 // Products with up to 64 columns: continuous batching's decode steps.
 //
-// A block takes some tiles and one run of K, a warp one tile, or two that share what it reads of the columns:
-// with many columns reading them from shared memory would else cost more than the products. A ring of stages
-// holds the tiles' records of a K block and the activations of all columns of that block, used by all warps;
-// the first warp fills a stage again when all have left it, one stage late, so that it rarely waits. (A warp
-// of its own for that would cost the others a quarter of their registers.) The runs of a tile belong to
-// blocks of one cluster, whose sums meet in distributed shared memory, each block adding up an equal share of
-// the rows. The columns are padded to 8, 16, 32 or 64.
+// A block takes some tiles and one run of K. A ring of stages in shared memory holds the tiles' records of a
+// K block and the activations of all columns of that block, used by all warps; the first warp fills a stage
+// again when all have left it, one stage late, so that it rarely waits. A warp takes one tile; with many
+// columns two, and half of the columns: reading the columns from shared memory would else cost more than the
+// products. Sixteen warps, because with less the latency of the tensor cores shows. The runs of a tile belong
+// to blocks of one cluster, whose sums meet in distributed shared memory, each block adding up an equal share
+// of the rows. The columns are padded to 8, 16, 32 or 64.
 #include <cooperative_groups.h>
 
 #include "kernels/cuda/cuda_product.cuh"
@@ -55,6 +55,13 @@ __device__ __forceinline__ void copy_records(const struct product_args &args, co
                   filled, CACHE_FIRST_OUT);
 }
 
+template <int L>
+__device__ __forceinline__ uint32_t stage_bytes(const struct product_args &args,
+                                                const struct wide_place &place)
+{
+    return place.n_tiles * record_form_of(L).bytes + args.columns * CUDA_BLOCK_BYTES;
+}
+
 __device__ __forceinline__ void copy_columns(const struct product_args &args, const struct wide_shape &shape,
                                              uint32_t k, unsigned char *to, barrier_t *filled)
 {
@@ -62,14 +69,65 @@ __device__ __forceinline__ void copy_columns(const struct product_args &args, co
               args.columns * CUDA_BLOCK_BYTES, filled, CACHE_LAST_OUT);
 }
 
+// Begins the first stages: weights do not wait for the predecessor, activations do.
+template <int L>
+__device__ __forceinline__ void fill_ring(const struct product_args &args, const struct wide_shape &shape,
+                                          const struct wide_place &place, uint32_t begin, uint32_t count,
+                                          barrier_t *filled, barrier_t *drained)
+{
+    extern __shared__ __align__(128) unsigned char shared[];
+    uint32_t lane = threadIdx.x % 32;
+    if (threadIdx.x == 0) {
+        for (uint32_t i = 0; i < shape.stages; i++) {
+            barrier_init(filled + i, 1);
+            barrier_init(drained + i, blockDim.x / 32);
+        }
+        barrier_publish();
+        for (uint32_t i = 0; i < count; i++)
+            barrier_expect(filled + i, stage_bytes<L>(args, place));
+    }
+    __syncwarp();
+    for (uint32_t i = 0; threadIdx.x < 32 && i < count; i++)
+        copy_records<L>(args, place, begin + i, shared + i * shape.stage_bytes, filled + i, lane);
+    cuda_release();
+    cuda_wait();
+    for (uint32_t i = 0; threadIdx.x == 0 && i < count; i++)
+        copy_columns(args, shape, begin + i, shared + i * shape.stage_bytes, filled + i);
+    __syncthreads();
+}
+
+// The first warp: fills `stage` with K block k once all warps have left it.
+template <int L>
+__device__ __forceinline__ void refill(const struct product_args &args, const struct wide_shape &shape,
+                                       const struct wide_place &place, uint32_t k, uint32_t stage,
+                                       uint32_t parity, barrier_t *filled, barrier_t *drained)
+{
+    extern __shared__ __align__(128) unsigned char shared[];
+    unsigned char *to = shared + stage * shape.stage_bytes;
+    if (threadIdx.x == 0) {
+        barrier_await(drained + stage, parity);
+        barrier_expect(filled + stage, stage_bytes<L>(args, place));
+        copy_columns(args, shape, k, to, filled + stage);
+    }
+    __syncwarp();
+    copy_records<L>(args, place, k, to, filled + stage, threadIdx.x);
+}
+
+// The part of the block's sums that a warp holds: tiles [tile, tile + R), columns [column, column + 8 NT).
+struct wide_share {
+    uint32_t tile, column;
+};
+
 // The sums of a cluster's blocks, added in the order of their runs: every block does a share of the rows.
 template <int NT, int R>
 __device__ void reduce_cluster(const struct product_args &args, const struct wide_shape &shape,
-                               const struct wide_place &place, float *sums, const float (*acc)[NT][4])
+                               const struct wide_place &place, const struct wide_share &mine,
+                               const float (*acc)[NT][4])
 {
+    extern __shared__ __align__(128) unsigned char shared[];
     cg::cluster_group cluster = cg::this_cluster();
-    uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    uint32_t rows = shape.tiles * CUDA_TILE_ROWS, stride = rows + 4;
+    uint32_t lane = threadIdx.x % 32, rows = shape.tiles * CUDA_TILE_ROWS, stride = rows + 4;
+    float *sums = (float *)shared;
     __syncthreads(); // the ring is not read any more
 #pragma unroll
     for (int r = 0; r < R; r++) {
@@ -77,8 +135,8 @@ __device__ void reduce_cluster(const struct product_args &args, const struct wid
         for (int n = 0; n < NT; n++) {
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                sums[(8 * n + 2 * t + i % 2) * stride + (warp * R + r) * CUDA_TILE_ROWS + g + i / 2 * 8] =
-                    acc[r][n][i];
+                sums[(mine.column + 8 * n + 2 * (lane % 4) + i % 2) * stride +
+                     (mine.tile + r) * CUDA_TILE_ROWS + lane / 4 + i / 2 * 8] = acc[r][n][i];
         }
     }
     cluster.sync();
@@ -104,59 +162,54 @@ __device__ void reduce_cluster(const struct product_args &args, const struct wid
     cluster.sync(); // nobody leaves while others read
 }
 
-template <int L, int NT, int R>
-__global__ void __launch_bounds__(WIDE_TILES / R * 32, 1)
+template <int NT, int R>
+__device__ __forceinline__ void store_share(const struct product_args &args, const struct wide_place &place,
+                                            const struct wide_share &mine, const float (*acc)[NT][4])
+{
+    uint32_t lane = threadIdx.x % 32;
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                if (mine.tile + r < place.n_tiles)
+                    product_store(args, args.parts[place.part],
+                                  (place.tile + mine.tile + r) * CUDA_TILE_ROWS + lane / 4 + i / 2 * 8,
+                                  mine.column + 8 * n + 2 * (lane % 4) + i % 2, acc[r][n][i]);
+            }
+        }
+    }
+}
+
+// A warp has R tiles and one of C groups of 8 NT columns.
+template <int L, int NT, int R, int C>
+__global__ void __launch_bounds__(WIDE_TILES / R * C * 32, 1)
     product_wide_kernel(const __grid_constant__ struct product_args args, struct wide_shape shape)
 {
-    constexpr uint32_t BYTES = record_form_of(L).bytes;
     extern __shared__ __align__(128) unsigned char shared[];
     __shared__ __align__(8) barrier_t filled[WIDE_STAGES], drained[WIDE_STAGES];
     uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     struct wide_place place = place_of(args, shape);
-    uint32_t begin = product_chunk_begin(args, place.chunk),
-             blocks = product_chunk_begin(args, place.chunk + 1) - begin;
+    struct wide_share mine = {warp / C * R, warp % C * 8 * NT};
+    uint32_t begin = product_chunk_begin(args, place.chunk);
+    uint32_t blocks = product_chunk_begin(args, place.chunk + 1) - begin;
     uint32_t ahead = min(blocks, shape.stages); // K blocks whose copies have begun
-    uint32_t stage_copied = place.n_tiles * BYTES + args.columns * CUDA_BLOCK_BYTES;
-    if (warp == 0) {
-        if (lane == 0) {
-            for (uint32_t i = 0; i < shape.stages; i++) {
-                barrier_init(filled + i, 1);
-                barrier_init(drained + i, blockDim.x / 32);
-            }
-            barrier_publish();
-            for (uint32_t i = 0; i < ahead; i++)
-                barrier_expect(filled + i, stage_copied);
-        }
-        __syncwarp();
-        for (uint32_t i = 0; i < ahead; i++) // weights do not wait for the predecessor
-            copy_records<L>(args, place, begin + i, shared + i * shape.stage_bytes, filled + i, lane);
-    }
-    cuda_release();
-    cuda_wait();
-    if (threadIdx.x == 0) {
-        for (uint32_t i = 0; i < ahead; i++)
-            copy_columns(args, shape, begin + i, shared + i * shape.stage_bytes, filled + i);
-    }
-    __syncthreads();
+    uint32_t count = args.columns > mine.column ? args.columns - mine.column : 1;
+    fill_ring<L>(args, shape, place, begin, ahead, filled, drained);
     float acc[R][NT][4] = {};
     for (uint32_t k = 0, stage = 0, parity = 0; k < blocks; k++) {
         const unsigned char *from = shared + stage * shape.stage_bytes;
         if (warp == 0 && k > 0 && ahead < blocks) { // the stage before is free, or soon
             uint32_t before = stage == 0 ? shape.stages - 1 : stage - 1;
-            unsigned char *to = shared + before * shape.stage_bytes;
-            if (lane == 0) {
-                barrier_await(drained + before, stage == 0 ? parity ^ 1 : parity);
-                barrier_expect(filled + before, stage_copied);
-                copy_columns(args, shape, begin + ahead, to, filled + before);
-            }
-            __syncwarp();
-            copy_records<L>(args, place, begin + ahead, to, filled + before, lane);
-            ahead++;
+            refill<L>(args, shape, place, begin + ahead++, before, stage == 0 ? parity ^ 1 : parity, filled,
+                      drained);
         }
         __syncwarp();
         barrier_await(filled + stage, parity);
-        if (warp * R < place.n_tiles) // a last tile without its pair multiplies what lies there, for nobody
-            record_multiply<L, NT, R>(from + warp * R * BYTES, from + shape.columns_at, args.columns, lane,
+        if (mine.tile < place.n_tiles) // a last tile without its pair multiplies what lies there, for nobody
+            record_multiply<L, NT, R>(from + mine.tile * record_form_of(L).bytes,
+                                      from + shape.columns_at + mine.column * CUDA_BLOCK_BYTES, count, lane,
                                       acc);
         __syncwarp();
         if (lane == 0)
@@ -164,46 +217,31 @@ __global__ void __launch_bounds__(WIDE_TILES / R * 32, 1)
         if (++stage == shape.stages)
             stage = 0, parity ^= 1;
     }
-    if (args.chunks > 1) {
-        reduce_cluster<NT, R>(args, shape, place, (float *)shared, acc);
-        return;
-    }
-#pragma unroll
-    for (int r = 0; r < R; r++) {
-        uint32_t tile = warp * R + r;
-#pragma unroll
-        for (int n = 0; n < NT; n++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                if (tile < place.n_tiles)
-                    product_store(args, args.parts[place.part],
-                                  (place.tile + tile) * CUDA_TILE_ROWS + lane / 4 + i / 2 * 8,
-                                  8 * n + 2 * (lane % 4) + i % 2, acc[r][n][i]);
-            }
-        }
-    }
+    if (args.chunks > 1)
+        reduce_cluster<NT, R>(args, shape, place, mine, acc);
+    else
+        store_share<NT, R>(args, place, mine, acc);
 }
 
 // --- launching ---
 
-template <typename Kernel>
-static void launch_cluster(struct cuda_device *device, Kernel kernel, uint32_t blocks, uint32_t threads,
-                           size_t shared, const struct product_args &args, struct wide_shape shape)
+static cudaLaunchConfig_t config_of(struct cuda_device *device, const struct product_args &args,
+                                    uint32_t blocks, uint32_t threads, size_t shared,
+                                    cudaLaunchAttribute *attributes)
 {
     cudaLaunchConfig_t config = {};
-    cudaLaunchAttribute attributes[2] = {};
-    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = 1;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim.x = args.chunks;
-    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim.x = args.chunks;
+    attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
     config.gridDim = blocks;
     config.blockDim = threads;
     config.dynamicSmemBytes = shared;
     config.stream = device->stream;
     config.attrs = attributes;
     config.numAttrs = 2;
-    cuda_failed(device, cudaLaunchKernelEx(&config, kernel, args, shape), "wide product");
+    return config;
 }
 
 static uint32_t blocks_of(const struct product_args &args, uint32_t tiles)
@@ -214,15 +252,12 @@ static uint32_t blocks_of(const struct product_args &args, uint32_t tiles)
     return blocks;
 }
 
-// Tiles a block: what makes the rounds over all SMs cost least, a block costing its tiles and about two more.
-// Whole clusters find place on a few SMs less than there are.
-static uint32_t choose_tiles(const struct cuda_device *device, const struct product_args &args, uint32_t most,
-                             uint32_t step)
+// Tiles a block: what makes the rounds over all places cost least, a block costing its tiles and about two
+// more.
+static uint32_t choose_tiles(const struct product_args &args, uint32_t places, uint32_t most)
 {
-    uint32_t places = (uint32_t)device->sms / args.chunks * args.chunks, best = step, best_cost = ~0u;
-    if (args.chunks > 2)
-        places -= args.chunks;
-    for (uint32_t tiles = step; tiles <= most; tiles += step) { // whole turns of the four schedulers
+    uint32_t best = 4, best_cost = ~0u;
+    for (uint32_t tiles = 4; tiles <= most; tiles += 4) { // whole turns of the four schedulers
         uint32_t cost = (blocks_of(args, tiles) + places - 1) / places * (tiles + 2);
         if (cost <= best_cost) {
             best = tiles;
@@ -232,40 +267,65 @@ static uint32_t choose_tiles(const struct cuda_device *device, const struct prod
     return best;
 }
 
-template <int L, int NT, int R>
+// How many blocks of this kernel the GPU holds at once: whole clusters, so fewer than SMs. Asked once a
+// number of runs; 0 after a fault.
+template <int L, int NT, int R, int C>
+static uint32_t places_of(struct cuda_device *device, const struct product_args &args, size_t room)
+{
+    static uint32_t known[PRODUCT_CHUNKS + 1];
+    void (*const kernel)(const struct product_args, struct wide_shape) = product_wide_kernel<L, NT, R, C>;
+    if (known[args.chunks] > 0)
+        return known[args.chunks];
+    cudaLaunchAttribute attributes[2] = {};
+    cudaLaunchConfig_t config = config_of(device, args, args.chunks, 512, room, attributes);
+    int clusters = 0;
+    config.numAttrs = 1;
+    if (cuda_failed(device,
+                    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)room),
+                    "preparing a wide product") ||
+        cuda_failed(device, cudaOccupancyMaxActiveClusters(&clusters, kernel, &config),
+                    "preparing a wide product"))
+        return 0;
+    known[args.chunks] = clusters > 0 ? (uint32_t)clusters * args.chunks : args.chunks;
+    return known[args.chunks];
+}
+
+template <int L, int NT, int R, int C>
 static void launch(struct cuda_device *device, const struct product_args &args)
 {
     constexpr uint32_t BYTES = record_form_of(L).bytes;
     size_t room = device->shared_limit - 1024, columns = (size_t)args.columns * CUDA_BLOCK_BYTES;
     uint32_t most = (uint32_t)((room / 2 - columns - 128) / BYTES); // two stages at least
+    uint32_t places = places_of<L, NT, R, C>(device, args, room);
     struct wide_shape shape = {};
-    shape.tiles = choose_tiles(device, args, most < WIDE_TILES ? most : (uint32_t)WIDE_TILES, 4 * R);
+    if (places == 0)
+        return;
+    shape.tiles = choose_tiles(args, places, most < WIDE_TILES ? most : (uint32_t)WIDE_TILES);
     shape.columns_at = shape.tiles * BYTES;
     shape.stage_bytes = (uint32_t)((shape.columns_at + columns + 127) / 128 * 128);
     shape.stages = (uint32_t)(room / shape.stage_bytes);
     shape.stages = shape.stages < WIDE_STAGES ? shape.stages : (uint32_t)WIDE_STAGES;
-    size_t sums = args.chunks > 1 ? (size_t)8 * NT * (shape.tiles * CUDA_TILE_ROWS + 4) * sizeof(float) : 0;
+    size_t sums =
+        args.chunks > 1 ? (size_t)8 * NT * C * (shape.tiles * CUDA_TILE_ROWS + 4) * sizeof(float) : 0;
     size_t shared = (size_t)shape.stages * shape.stage_bytes;
-    static bool prepared;
-    if (!prepared)
-        prepared = !cuda_failed(device,
-                                cudaFuncSetAttribute(product_wide_kernel<L, NT, R>,
-                                                     cudaFuncAttributeMaxDynamicSharedMemorySize, (int)room),
-                                "preparing a wide product");
-    launch_cluster(device, product_wide_kernel<L, NT, R>, blocks_of(args, shape.tiles), shape.tiles / R * 32,
-                   sums > shared ? sums : shared, args, shape);
+    cudaLaunchAttribute attributes[2] = {};
+    cudaLaunchConfig_t config =
+        config_of(device, args, blocks_of(args, shape.tiles), shape.tiles / R * C * 32,
+                  sums > shared ? sums : shared, attributes);
+    cuda_failed(device, cudaLaunchKernelEx(&config, product_wide_kernel<L, NT, R, C>, args, shape),
+                "wide product");
 }
 
 template <int L> static void launch_columns(struct cuda_device *device, const struct product_args &args)
 {
     if (args.columns <= 8)
-        launch<L, 1, 1>(device, args);
+        launch<L, 1, 1, 1>(device, args);
     else if (args.columns <= 16)
-        launch<L, 2, 2>(device, args);
+        launch<L, 2, 1, 1>(device, args);
     else if (args.columns <= 32)
-        launch<L, 4, 2>(device, args);
+        launch<L, 4, 1, 1>(device, args);
     else
-        launch<L, 8, 2>(device, args);
+        launch<L, 4, 2, 2>(device, args);
 }
 
 void product_wide(struct cuda_device *device, const struct product_args &args, int layout)

@@ -133,18 +133,19 @@ static void time_chain(struct bench *b, const uint32_t *columns, int n)
     for (int c = 0; c < n; c++) {
         uint32_t key = b->next_key++, rows = columns[c];
         b->ops->record(b->device, key);
+        struct row_norm norm = {b->residual, NORM_RMS, b->weight, NULL, 1e-5f};
         for (uint32_t i = 0; i < LAYERS; i++) {
+            struct matmul_part in = {&qkv.copies[i], NULL, b->out, 6144, false};
+            struct matmul_part inner[2] = {{&gate.copies[i], NULL, b->out, 28672, false},
+                                           {&up.copies[i], NULL, b->out + 14336, 28672, false}};
             b->x.n_generated = b->wide.n_generated = rows;
-            b->ops->norm(b->device, &b->x, b->residual, NULL, rows, NORM_RMS, b->weight, NULL, 1e-5f);
-            multiply(b, &b->x, rows, &qkv.copies[i], NULL, b->out, 6144, false);
+            b->ops->project(b->device, &b->x, rows, &norm, &in, 1, NULL);
             multiply(b, &b->x, rows, &output.copies[i], NULL, b->residual, 4096, true);
-            b->ops->norm(b->device, &b->x, b->residual, NULL, rows, NORM_RMS, b->weight, NULL, 1e-5f);
-            multiply(b, &b->x, rows, &gate.copies[i], &up.copies[i], b->out, 28672, false);
-            b->ops->ffn_activate(b->device, &b->wide, b->out, b->out + 14336, 28672, rows);
+            b->ops->project(b->device, &b->x, rows, &norm, inner, 2, &b->wide);
             multiply(b, &b->wide, rows, &down.copies[i], NULL, b->residual, 4096, true);
         }
-        b->ops->norm(b->device, &b->x, b->residual, NULL, rows, NORM_RMS, b->weight, NULL, 1e-5f);
-        multiply(b, &b->x, rows, &head.copies[0], NULL, b->out, 128256, false);
+        struct matmul_part logits = {&head.copies[0], NULL, b->out, 128256, false};
+        b->ops->project(b->device, &b->x, rows, &norm, &logits, 1, NULL);
         b->ops->record_end(b->device);
         double us = time_program(b, key);
         printf("%-5s step without attention, %2u columns: %8.1f us, %.2f TB/s, %.0f tok/s\n",
