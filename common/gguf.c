@@ -1,8 +1,9 @@
 // A model's file or files as one: opens and maps each part, lets gguf_parse.c read it, checks that the parts
 // belong together, joins their tensor tables and answers look-ups. The mapping is private and read-only, and
 // only the header's pages are touched, so a worker's memory holds no more of the file than the slice it
-// reads. A file that another process shortens meanwhile faults its reader: that is the price of mapping, and
-// why models are replaced by renaming, never rewritten in place.
+// reads. A file that another process shortens meanwhile faults a reader of the mapping: that is its price,
+// and why models are replaced by renaming, never rewritten in place. The files stay open, for those who would
+// rather read than map.
 #include "common/gguf.h"
 
 #include <errno.h>
@@ -103,6 +104,7 @@ static int map_file(struct gguf_part *part, const char *path, struct error *erro
         return error_set(error, errno == ENOENT ? STATUS_NOT_FOUND : STATUS_IO, "cannot open it: %s",
                          strerror(errno));
     int status = STATUS_OK;
+    part->file = -1;
     if (fstat(file, &info) < 0)
         status = error_set(error, STATUS_IO, "cannot examine it: %s", strerror(errno));
     else if (!S_ISREG(info.st_mode))
@@ -115,9 +117,12 @@ static int map_file(struct gguf_part *part, const char *path, struct error *erro
             part->bytes = bytes;
             part->length = (size_t)info.st_size;
             part->mapped = true;
+            part->file = file;
+            part->modified = info.st_mtim;
         }
     }
-    close(file);
+    if (!part->mapped)
+        close(file);
     return status;
 }
 
@@ -309,8 +314,10 @@ void gguf_close(struct gguf *gguf)
         return;
     for (uint32_t i = 0; i < gguf->n_parts; i++) {
         gguf_part_free(&gguf->parts[i]);
-        if (gguf->parts[i].mapped)
+        if (gguf->parts[i].mapped) {
             munmap((void *)gguf->parts[i].bytes, gguf->parts[i].length);
+            close(gguf->parts[i].file);
+        }
     }
     name_index_free(&gguf->names);
     free(gguf->tensors);
@@ -382,6 +389,49 @@ const struct gguf_tensor *gguf_find_tensor(const struct gguf *gguf, const char *
 const void *gguf_tensor_data(const struct gguf *gguf, const struct gguf_tensor *tensor)
 {
     return gguf->parts[tensor->part].bytes + tensor->offset;
+}
+
+int gguf_tensor_read(const struct gguf *gguf, const struct gguf_tensor *tensor, uint64_t offset, void *to,
+                     size_t bytes, struct error *error)
+{
+    const struct gguf_part *part = &gguf->parts[tensor->part];
+    uint64_t at = tensor->offset + offset;
+    if (!part->mapped) {
+        memcpy(to, part->bytes + at, bytes);
+        return STATUS_OK;
+    }
+    for (size_t done = 0; done < bytes;) {
+        ssize_t got = pread(part->file, (char *)to + done, bytes - done, (off_t)(at + done));
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got < 0)
+            return error_set(error, STATUS_IO, "cannot read %s: %s", gguf->path, strerror(errno));
+        if (got == 0)
+            return error_set(error, STATUS_CORRUPT,
+                             "%s was cut short: it ends at byte %" PRIu64 ", inside of its weights",
+                             gguf->path, at + done);
+        done += (size_t)got;
+    }
+    return STATUS_OK;
+}
+
+int gguf_check_unchanged(const struct gguf *gguf, struct error *error)
+{
+    for (uint32_t i = 0; i < gguf->n_parts; i++) {
+        const struct gguf_part *part = &gguf->parts[i];
+        struct stat info;
+        if (!part->mapped)
+            continue;
+        if (fstat(part->file, &info) < 0)
+            return error_set(error, STATUS_IO, "cannot examine %s: %s", gguf->path, strerror(errno));
+        if ((uint64_t)info.st_size != part->length || info.st_mtim.tv_sec != part->modified.tv_sec ||
+            info.st_mtim.tv_nsec != part->modified.tv_nsec)
+            return error_set(
+                error, STATUS_CORRUPT,
+                "%s was changed since it was opened: replace a model by renaming, and start anew",
+                gguf->path);
+    }
+    return STATUS_OK;
 }
 
 void gguf_tensor_release(const struct gguf *gguf, const struct gguf_tensor *tensor)

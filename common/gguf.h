@@ -78,6 +78,12 @@ const struct gguf_tensor *gguf_tensor_at(const struct gguf *gguf, size_t index);
 const struct gguf_tensor *gguf_find_tensor(const struct gguf *gguf, const char *name); // NULL when absent
 // First byte of the tensor in the mapping (aligned as the file says; do not assume more than 1).
 const void *gguf_tensor_data(const struct gguf *gguf, const struct gguf_tensor *tensor);
+// Reads `bytes` bytes of the tensor, from `offset` on, without touching the mapping: a file that was cut
+// short is STATUS_CORRUPT where the mapping would be a fault. Any thread, many at once.
+int gguf_tensor_read(const struct gguf *gguf, const struct gguf_tensor *tensor, uint64_t offset, void *to,
+                     size_t bytes, struct error *error);
+// STATUS_CORRUPT when one of the files was changed since it was opened.
+int gguf_check_unchanged(const struct gguf *gguf, struct error *error);
 // Tells the system that these bytes were read and may leave memory again.
 void gguf_tensor_release(const struct gguf *gguf, const struct gguf_tensor *tensor);
 

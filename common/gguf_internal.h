@@ -2,6 +2,8 @@
 #ifndef STRATA_GGUF_INTERNAL_H
 #define STRATA_GGUF_INTERNAL_H
 
+#include <time.h>
+
 #include "common/gguf.h"
 
 // Finds records by name: an order over them, sorted by bytes. Sorting, not hashing: a file cannot choose
@@ -21,7 +23,9 @@ void name_index_free(struct name_index *index);
 struct gguf_part {
     const uint8_t *bytes; // set by the caller of gguf_parse_part
     size_t length;
-    bool mapped; // ours to unmap
+    bool mapped;              // ours to unmap, and then:
+    int file;                 // ours to close
+    struct timespec modified; // when it was opened
     uint32_t version;
     uint64_t alignment;
     uint64_t header_bytes; // from the start to the end of the tensor table

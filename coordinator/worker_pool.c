@@ -268,6 +268,8 @@ static void assemble(struct worker_pool *pool, int64_t now_us)
         back_off(pool, now_us);
         return;
     }
+    if (pool->fitting_pages && pool->fitting_pages < pool->n_pages)
+        pool->n_pages = pool->fitting_pages;
     pool->epoch++;
     pool->state = WIRE_POOL_LOADING;
     pool->progress_us = now_us + PROGRESS_LINE_US;
@@ -310,6 +312,7 @@ static void become_ready(struct worker_pool *pool, int64_t now_us)
     pool->state = WIRE_POOL_READY;
     pool->ready_us = now_us;
     pool->problem[0] = '\0';
+    pool->fitting_pages = 0; // another assembly, another question
     pool->announce_ready = true;
     log_info("epoch %" PRIu64
              " is ready: %u stages, %.1f MB of weights, %u KV pages of %d positions (%.1f MB)",
@@ -450,9 +453,25 @@ static void take_loaded(struct worker_pool *pool, struct member *member,
              (double)said->load_us / 1e6);
 }
 
+// Only the worker knows what its device takes beside weights and pages. What it could do is tried at once,
+// with fewer pages each time, and held against nobody.
+static bool accept_fewer_pages(struct worker_pool *pool, const struct member *member,
+                               const struct wire_worker_message *said)
+{
+    uint32_t one_sequence = (pool->options.context + KV_PAGE_POSITIONS - 1) / KV_PAGE_POSITIONS;
+    if (pool->options.n_pages || said->fits_pages < one_sequence || said->fits_pages >= pool->n_pages)
+        return false;
+    pool->fitting_pages = said->fits_pages;
+    end_epoch(pool, WIRE_POOL_WAITING, "worker %s has room for %u of %u KV pages", member->name,
+              said->fits_pages, pool->n_pages);
+    return true;
+}
+
 static void take_failed(struct worker_pool *pool, struct member *member,
                         const struct wire_worker_message *said, int64_t now_us)
 {
+    if (pool->state == WIRE_POOL_LOADING && accept_fewer_pages(pool, member, said))
+        return;
     if (pool->state == WIRE_POOL_LOADING) {
         fail_epoch(pool, member, now_us, "could not load its layers", said->text);
     } else if (said->peer_lost) {

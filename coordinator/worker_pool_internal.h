@@ -87,7 +87,8 @@ struct worker_pool {
     enum wire_pool_state state;        // never DRAINING, which is the coordinator's business
     uint64_t epoch;
     uint32_t n_pages;
-    char problem[512]; // why the last assembly ended, "" = nothing went wrong
+    uint32_t fitting_pages; // what a worker said would fit, until the pool is ready; 0: none did
+    char problem[512];      // why the last assembly ended, "" = nothing went wrong
     bool announce_ready, announce_lost;
     int64_t retry_at_us; // no assembly before; 0 = at once
     int64_t retry_us;    // the next back-off

@@ -39,6 +39,23 @@ struct matrix {
     size_t bytes;
 };
 
+// The rows of a matrix as they stand in its file, for a backend that reads them by itself: `read` writes rows
+// [first, first + count) to `to`, is called on several threads at once and once for each row. It outlives the
+// sync after the call that was given it.
+struct matrix_source {
+    int (*read)(void *context, void *to, uint32_t first, uint32_t count, struct error *error);
+    void *context;
+};
+
+// What decides how much memory of its own a backend wants for one matrix and the attention of a stage.
+struct scratch_shape {
+    uint32_t type, rows, width; // of the matrix
+    bool reads_prompts;         // it is multiplied with rows of prompts, not with generated ones alone
+    uint32_t n_heads, head_size;
+    uint32_t generated; // most generated tokens of a step
+    uint32_t pages;     // of one page table
+};
+
 // Rows of inputs to matmul, in the forms its weights want (floats, int8 blocks, halves): made by norm,
 // attention and ffn_activate, read by matmul only.
 struct activation {
@@ -150,8 +167,10 @@ struct kernel_ops {
     const char *name;    // "portable", "avx2", "avx512", "cuda"
     bool keeps_programs; // `record` keeps something, so that batches are worth bringing to few sizes
 
-    // Memory. alloc returns NULL when the device has no more; zeroed, aligned to 64.
+    // Memory. alloc returns NULL when the device has no more; zeroed, aligned to 64. alloc_bytes is what it
+    // takes of the device's memory for so many bytes.
     void *(*alloc)(struct device *, size_t bytes);
+    size_t (*alloc_bytes)(const struct device *, size_t bytes);
     void (*free)(struct device *, void *);
     void (*upload)(struct device *, void *to /* [device] */, const void *from, size_t bytes);
     void (*download)(struct device *, void *to, const void *from /* [device] */, size_t bytes);
@@ -182,6 +201,16 @@ struct kernel_ops {
     size_t (*matrix_bytes)(const struct device *, uint32_t type, uint32_t rows, uint32_t width, bool table);
     int (*matrix_pack)(struct device *, const struct matrix *matrix, const void *source, struct error *error);
     unsigned (*matrix_forms)(const struct device *, uint32_t type);
+    // As matrix_pack, but the rows are read by the backend's own threads, while the caller goes on to the
+    // next matrix. The matrix is there after the next sync, which also reports what `read` failed with. NULL:
+    // the backend has no such threads.
+    int (*matrix_load)(struct device *, const struct matrix *matrix, const struct matrix_source *source,
+                       struct error *error);
+
+    // Memory of the backend's own. scratch_bytes: what the ops need at most for this shape. A stage reserves
+    // the most that its shapes need before its first step, so that no step makes it grow; 0 gives it back.
+    size_t (*scratch_bytes)(const struct device *, const struct scratch_shape *shape);
+    int (*reserve)(struct device *, size_t bytes, struct error *error);
 
     size_t (*activation_bytes)(const struct device *, uint32_t width, uint32_t rows, unsigned forms);
     size_t (*kv_page_bytes)(const struct device *, uint32_t n_kv_heads,

@@ -213,6 +213,7 @@ struct wire_worker_message {
     // FAILED
     int32_t status;
     const char *text;
+    uint32_t fits_pages;
     bool has_step, peer_lost;
     uint64_t step;
     // HEARTBEAT

@@ -95,6 +95,7 @@ static void put_failed(struct wire_encoder *e, Strata__V1__Failed *to, const str
     to->has_step = from->has_step;
     to->step = from->step;
     to->peer_lost = from->peer_lost;
+    to->fits_pages = from->fits_pages;
 }
 
 static void put_heartbeat(Strata__V1__Heartbeat *to, const struct wire_worker_message *from)
@@ -198,6 +199,7 @@ static void take_failed(struct wire_decoder *d, struct wire_worker_message *out,
     out->has_step = from->has_step;
     out->step = from->step;
     out->peer_lost = from->peer_lost;
+    out->fits_pages = from->fits_pages;
 }
 
 static void take_heartbeat(struct wire_worker_message *out, const Strata__V1__Heartbeat *from)

@@ -20,6 +20,7 @@
 
 #include <sched.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "common/clock.h"
 #include "worker/decoder.h"
@@ -30,8 +31,10 @@
 #include "worker/workspace.h"
 
 enum {
-    SPIN_US = 50, // how long a wait for the device is busy, before it sleeps for
-    NAP_US = 20,  // so long at a time
+    SPIN_US = 50,              // how long a wait for the device is busy, before it sleeps for
+    NAP_US = 20,               // so long at a time
+    PROGRAM_BYTES = 128 << 20, // set aside for programs and code, where there are any
+    WARM_UP_US = 1500000,      // after so long the sizes that are left wait for their first use
 };
 
 struct unfinished { // a step that was submitted
@@ -79,35 +82,80 @@ static bool has_ring(const struct executor_options *options)
     return options->stage == 0 || options->stage + 1 == options->n_stages;
 }
 
-int executor_plan_bytes(const struct executor_options *options, uint64_t *kv_bytes, uint64_t *workspace_bytes,
-                        struct error *error)
+// The head computes few rows at a time, all in the way of generated ones.
+static bool reads_prompts(const struct weight_source *source)
 {
-    struct workspace_shape shape = shape_of(options);
-    uint32_t n_slots = options->bounds.n_slots;
-    *workspace_bytes = workspace_plan_bytes(options->device, &shape);
-    if (has_ring(options))
-        *workspace_bytes += sample_ring_plan_bytes(n_slots);
-    if (shape.last)
-        *workspace_bytes +=
-            device_ops(options->device)->sampler_bytes(options->device, n_slots, options->spec->vocab_size);
-    return kv_cache_plan(options->device, options->spec, options->n_layers, options->bounds.n_pages + 1,
-                         kv_bytes, error);
+    return source->form == WEIGHT_MATRIX && strcmp(source->name, "output.weight") != 0;
 }
 
-// The padding's slot comes behind the others, and so does its page.
-static void give_scratch_page(struct executor *executor)
+static uint32_t most_generated(const struct step_bounds *bounds)
+{
+    return bounds->n_slots < bounds->max_positions ? bounds->n_slots : bounds->max_positions;
+}
+
+static uint64_t plan_scratch(const struct executor_options *options)
+{
+    const struct kernel_ops *ops = device_ops(options->device);
+    struct scratch_shape shape = {.n_heads = options->spec->n_heads,
+                                  .head_size = options->spec->head_size,
+                                  .generated = most_generated(&options->bounds),
+                                  .pages =
+                                      (options->bounds.context + KV_PAGE_POSITIONS - 1) / KV_PAGE_POSITIONS};
+    uint64_t most = 0;
+    for (uint32_t i = 0; i < options->list->count; i++) {
+        const struct weight_source *source = &options->list->items[i];
+        if (source->form != WEIGHT_MATRIX)
+            continue;
+        shape.type = source->type;
+        shape.rows = source->rows;
+        shape.width = source->width;
+        shape.reads_prompts = reads_prompts(source);
+        uint64_t bytes = ops->scratch_bytes(options->device, &shape);
+        most = bytes > most ? bytes : most;
+    }
+    return most;
+}
+
+int executor_plan_memory(const struct executor_options *options, struct executor_memory *out,
+                         struct error *error)
+{
+    const struct kernel_ops *ops = device_ops(options->device);
+    struct workspace_shape shape = shape_of(options);
+    uint32_t n_slots = options->bounds.n_slots;
+    *out = (struct executor_memory){.workspace = workspace_plan_bytes(options->device, &shape),
+                                    .scratch = plan_scratch(options),
+                                    .programs = ops->keeps_programs ? PROGRAM_BYTES : 0};
+    if (has_ring(options))
+        out->workspace += ops->alloc_bytes(options->device, sample_ring_plan_bytes(n_slots));
+    if (shape.last)
+        out->sampler = ops->alloc_bytes(
+            options->device, ops->sampler_bytes(options->device, n_slots, options->spec->vocab_size));
+    return kv_cache_plan(options->device, options->spec, options->n_layers, options->bounds.n_pages + 1,
+                         &out->kv, error);
+}
+
+// The padding's slot comes behind the others, and so does its page, which is its page at every position.
+static int give_scratch_page(struct executor *executor, struct error *error)
 {
     const struct workspace *ws = executor->ws;
+    uint32_t *pages = malloc(ws->table_stride * sizeof(*pages));
+    if (!pages)
+        return error_set(error, STATUS_NO_MEMORY, "no memory for a page table");
+    for (uint32_t i = 0; i < ws->table_stride; i++)
+        pages[i] = executor->bounds.n_pages;
     size_t row = (size_t)executor->bounds.n_slots * ws->table_stride;
-    executor->ops->upload(executor->device, ws->page_tables + row, &executor->bounds.n_pages,
-                          sizeof(uint32_t));
+    executor->ops->upload(executor->device, ws->page_tables + row, pages, ws->table_stride * sizeof(*pages));
+    free(pages);
+    return STATUS_OK;
 }
 
 static int build_parts(struct executor *executor, const struct executor_options *options, struct error *error)
 {
     struct workspace_shape shape = shape_of(options);
     struct device *device = options->device;
-    int status = decoder_new(&executor->decoder, device, options->spec, options->weights,
+    int status = executor->ops->reserve(device, plan_scratch(options), error);
+    if (!status)
+        status = decoder_new(&executor->decoder, device, options->spec, options->weights,
                              options->first_layer, options->n_layers, error);
     if (!status)
         status = kv_cache_new(&executor->kv, device, options->spec, options->n_layers,
@@ -117,9 +165,10 @@ static int build_parts(struct executor *executor, const struct executor_options 
     if (!status && executor->last)
         status = executor->ops->sampler_new(&executor->sampler, device, options->bounds.n_slots,
                                             options->spec->vocab_size, error);
+    if (!status)
+        status = give_scratch_page(executor, error);
     if (status)
         return status;
-    give_scratch_page(executor);
     executor->slots = calloc(options->bounds.n_slots, sizeof(*executor->slots));
     if (!executor->slots ||
         (has_ring(options) && sample_ring_new(&executor->ring, device, options->bounds.n_slots)) ||
@@ -328,9 +377,7 @@ static bool is_program(const struct executor *executor, const struct step_plan *
 static uint32_t padded_size(const struct executor *executor, uint32_t n)
 {
     uint32_t unit = n <= 8 ? 1 : n <= 64 ? 8 : 32;
-    uint32_t padded = (n + unit - 1) / unit * unit;
-    const struct step_bounds *bounds = &executor->bounds;
-    uint32_t most = bounds->n_slots < bounds->max_positions ? bounds->n_slots : bounds->max_positions;
+    uint32_t padded = (n + unit - 1) / unit * unit, most = most_generated(&executor->bounds);
     return padded < most ? padded : most;
 }
 
@@ -351,7 +398,37 @@ static int spell_row(struct executor *executor, const struct step_plan *plan, co
                : STATUS_OK;
 }
 
-// Spells the rows out position by position and brings them to the device.
+// `count` positions of the padding's slot, from token `first` and position 0 on.
+static void spell_padding(const struct executor *executor, const struct step_inputs *inputs, uint32_t first,
+                          uint32_t count)
+{
+    for (uint32_t t = 0; t < count; t++) {
+        inputs->tokens[first + t] = 0;
+        inputs->sources[first + t] = -1;
+        inputs->positions[first + t] = t;
+        inputs->slots[first + t] = executor->bounds.n_slots;
+    }
+}
+
+// Brings what was spelled out in the host's inputs to the device.
+static void upload_batch(struct executor *executor, struct work *work, uint32_t n_tokens, uint32_t n_spans,
+                         uint32_t n_generated)
+{
+    struct workspace *ws = executor->ws;
+    work->inputs = step_inputs_at(ws->inputs, n_tokens, n_spans);
+    executor->ops->upload(executor->device, ws->inputs, ws->host.inputs, work->inputs.bytes);
+    work->batch = (struct batch){.n_tokens = n_tokens,
+                                 .n_spans = n_spans,
+                                 .n_generated = n_generated,
+                                 .tokens = work->inputs.tokens,
+                                 .positions = work->inputs.positions,
+                                 .slots = work->inputs.slots,
+                                 .spans = work->inputs.spans,
+                                 .page_tables = ws->page_tables,
+                                 .table_stride = ws->table_stride};
+}
+
+// Spells the rows out position by position, and the padding.
 static int make_batch(struct executor *executor, struct work *work, struct error *error)
 {
     const struct step_plan *plan = work->plan;
@@ -369,24 +446,11 @@ static int make_batch(struct executor *executor, struct work *work, struct error
         work->feeds |= row->from_sample;
         first += row->count;
     }
-    for (; first < n_tokens; first++) { // padding
+    for (; first < n_tokens; first++) {
         host.spans[first] = (struct batch_span){first, 1, executor->bounds.n_slots, 0};
-        host.tokens[first] = 0;
-        host.sources[first] = -1;
-        host.positions[first] = 0;
-        host.slots[first] = executor->bounds.n_slots;
+        spell_padding(executor, &host, first, 1);
     }
-    work->inputs = step_inputs_at(ws->inputs, n_tokens, n_spans);
-    executor->ops->upload(executor->device, ws->inputs, ws->host.inputs, host.bytes);
-    work->batch = (struct batch){.n_tokens = n_tokens,
-                                 .n_spans = n_spans,
-                                 .n_generated = work->program ? n_tokens : n_generated,
-                                 .tokens = work->inputs.tokens,
-                                 .positions = work->inputs.positions,
-                                 .slots = work->inputs.slots,
-                                 .spans = work->inputs.spans,
-                                 .page_tables = ws->page_tables,
-                                 .table_stride = ws->table_stride};
+    upload_batch(executor, work, n_tokens, n_spans, work->program ? n_tokens : n_generated);
     return STATUS_OK;
 }
 
@@ -450,6 +514,75 @@ static void compute_or_replay(struct executor *executor, const struct work *work
         compute(executor, work);
         executor->ops->record_end(executor->device);
     }
+}
+
+// --- warming up ---
+
+// A prompt as long as a step can be, of sequences as long as they can be, all on the one page: what it
+// computes is nonsense.
+static void warm_prompt(struct executor *executor)
+{
+    struct workspace *ws = executor->ws;
+    uint32_t context = executor->bounds.context, n_tokens = ws->max_positions;
+    if ((uint64_t)context * ws->max_rows < n_tokens)
+        n_tokens = context * ws->max_rows;
+    uint32_t n_spans = (n_tokens + context - 1) / context;
+    struct step_inputs host = step_inputs_at(ws->host.inputs, n_tokens, n_spans);
+    for (uint32_t i = 0; i < n_spans; i++) {
+        uint32_t first = i * context, left = n_tokens - first, count = left < context ? left : context;
+        host.spans[i] = (struct batch_span){first, count, executor->bounds.n_slots, 0};
+        spell_padding(executor, &host, first, count);
+    }
+    struct work work = {.n_tokens = n_tokens, .head = {NULL, 1, 1}};
+    upload_batch(executor, &work, n_tokens, n_spans, 0);
+    compute(executor, &work);
+    if (executor->last)
+        decoder_head(executor->decoder, ws, 0, 1);
+}
+
+// A greedy draw and another, in a slot that is closed again.
+static int warm_sampler(struct executor *executor, struct error *error)
+{
+    struct workspace *ws = executor->ws;
+    struct sample_row row = {.draws = 1};
+    for (int greedy = 0; greedy < 2; greedy++) {
+        struct sampler_open open = {.params = SAMPLING_DEFAULTS};
+        open.params.temperature = greedy ? 0 : 1;
+        int status = executor->ops->sampler_open(executor->device, executor->sampler, 0, &open);
+        if (status)
+            return error_set(error, status, "the sampler cannot be warmed up: %s", status_name(status));
+        executor->ops->sample(executor->device, executor->sampler, ws->logits, &row, 1, ws->outputs,
+                              (float *)ws->outputs + 1, ws->outputs);
+        executor->ops->sampler_close(executor->device, executor->sampler, 0);
+    }
+    return STATUS_OK;
+}
+
+// A program of nothing but padding.
+static int warm_program(struct executor *executor, uint32_t n_tokens, struct error *error)
+{
+    struct step_plan nothing = {.n_rows = 0};
+    struct work work = {
+        .plan = &nothing, .n_tokens = n_tokens, .program = true, .head = {NULL, n_tokens, n_tokens}};
+    int status = make_batch(executor, &work, error);
+    if (!status)
+        compute_or_replay(executor, &work);
+    return status;
+}
+
+int executor_warm_up(struct executor *executor, struct error *error)
+{
+    if (!executor->ops->keeps_programs)
+        return STATUS_OK;
+    int64_t begin = clock_now_us();
+    warm_prompt(executor);
+    int status = executor->last ? warm_sampler(executor, error) : STATUS_OK;
+    uint32_t most = most_generated(&executor->bounds);
+    for (uint32_t n = 0; !status && n < most && clock_now_us() - begin < WARM_UP_US;) {
+        n = padded_size(executor, n + 1);
+        status = warm_program(executor, n, error);
+    }
+    return status ? status : executor->ops->sync(executor->device, error);
 }
 
 // --- waiting for the device ---

@@ -29,13 +29,24 @@ struct executor_options {
     struct step_bounds bounds;
 };
 
-// Bytes that executor_new will allocate on the device, known before the weights are loaded.
+// Bytes of the device's memory that an executor takes, known before the weights are loaded: of executor_new,
+// and `programs` of the warm-up and the steps.
+struct executor_memory {
+    uint64_t kv; // n_pages and the padding's
+    uint64_t workspace, sampler;
+    uint64_t scratch;  // the ops' own: see kernels.h
+    uint64_t programs; // recorded steps, and the kernels' code
+};
 // STATUS_UNSUPPORTED when the device cannot run a model of this shape.
-int executor_plan_bytes(const struct executor_options *options, uint64_t *kv_bytes, uint64_t *workspace_bytes,
-                        struct error *error);
+int executor_plan_memory(const struct executor_options *options, struct executor_memory *out,
+                         struct error *error);
 
 int executor_new(struct executor **out, const struct executor_options *options, struct error *error);
 void executor_free(struct executor *executor);
+// Runs what steps will run, once, on the padding's page, so that the first client does not wait for it: a
+// long prompt, and every size that a backend which keeps programs records (elsewhere it does nothing). Before
+// the first step; leaves no trace in sequences, draws and results.
+int executor_warm_up(struct executor *executor, struct error *error);
 // With more than one stage, before the first step. The executor borrows the links.
 void executor_set_links(struct executor *executor, struct link *to_next, struct link *from_previous);
 

@@ -19,7 +19,8 @@ static size_t page_bytes(const struct device *device, const struct model_spec *s
 int kv_cache_plan(const struct device *device, const struct model_spec *spec, uint32_t n_layers,
                   uint32_t n_pages, uint64_t *bytes, struct error *error)
 {
-    *bytes = (uint64_t)page_bytes(device, spec) * n_layers * n_pages;
+    size_t layer = page_bytes(device, spec) * n_pages;
+    *bytes = (uint64_t)device_ops(device)->alloc_bytes(device, layer) * n_layers;
     if (page_bytes(device, spec) == 0)
         return error_set(error, STATUS_UNSUPPORTED,
                          "the model's attention heads have size %u, for which %s has no kernels",

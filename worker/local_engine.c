@@ -6,6 +6,7 @@
 
 #include "common/clock.h"
 #include "common/sampling.h"
+#include "worker/memory_plan.h"
 #include "worker/weight_cache.h"
 #include "worker/weight_file.h"
 
@@ -14,15 +15,14 @@ static uint32_t pages_of(uint32_t context)
     return (context + KV_PAGE_POSITIONS - 1) / KV_PAGE_POSITIONS;
 }
 
-static int load(struct local_engine *engine, const struct executor_options *options, struct error *error)
+static int load(struct local_engine *engine, const struct executor_options *options, struct memory_plan *plan,
+                struct error *error)
 {
-    uint64_t kv, workspace;
     struct weight_totals totals;
-    int status = executor_plan_bytes(options, &kv, &workspace, error);
+    int status = memory_plan_make(plan, options, 0, device_memory_free(engine->device), error);
     if (status)
         return status;
-    struct weight_load load = {.memory_free = device_memory_free(engine->device),
-                               .other_bytes = kv + workspace};
+    struct weight_load load = {.memory_free = plan->free, .other_bytes = memory_plan_others(plan)};
     int64_t begin = clock_now_us();
     status = weight_cache_precache(engine->weights, &engine->list, &load, &totals, error);
     engine->load_us = (uint64_t)(clock_now_us() - begin);
@@ -62,9 +62,14 @@ int local_engine_open(struct local_engine *engine, const char *model, const stru
                                                   .context = context,
                                                   .vocab_size = engine->spec.vocab_size,
                                                   .max_positions = max_positions}};
-    status = load(engine, &options, error);
+    struct memory_plan plan;
+    status = load(engine, &options, &plan, error);
     if (!status)
         status = executor_new(&engine->executor, &options, error);
+    if (!status)
+        status = executor_warm_up(engine->executor, error);
+    if (!status)
+        memory_plan_check(&plan, engine->device);
     engine->plan.epoch = 1;
     engine->context = context;
     return status;

@@ -19,6 +19,7 @@
 #include "common/log.h"
 #include "common/queue.h"
 #include "worker/executor.h"
+#include "worker/memory_plan.h"
 #include "worker/stage_links.h"
 #include "worker/weight_cache.h"
 #include "worker/weight_file.h"
@@ -71,7 +72,8 @@ struct step_service {
     struct weight_cache *weights;
     struct weight_list list;
     struct executor *executor;
-    uint64_t executor_epoch, held_bytes; // KV pages and workspace
+    uint64_t executor_epoch, held_bytes; // all that the epoch takes but the weights
+    uint32_t fits_pages;                 // with so many pages the load that failed would have fit
     struct assignment assignment;
     struct step_result result;
     int64_t idle_since_us;         // while steps are unfinished: when something happened last
@@ -191,6 +193,8 @@ static void end_epoch(struct step_service *service)
     service->executor = NULL;
     service->executor_epoch = 0;
     service->held_bytes = 0;
+    if (service->device)
+        device_ops(service->device)->reserve(service->device, 0, NULL);
 }
 
 // Reports what went wrong (`step`: in which one, NULL = none) and ends the epoch; silently when the epoch was
@@ -213,7 +217,8 @@ static void fail(struct step_service *service, uint64_t epoch, const uint64_t *s
                                          .text = error->text,
                                          .has_step = step != NULL,
                                          .step = step ? *step : 0,
-                                         .peer_lost = error->status == STATUS_UNAVAILABLE};
+                                         .peer_lost = error->status == STATUS_UNAVAILABLE,
+                                         .fits_pages = service->fits_pages};
     log_warn("epoch %llu failed here: %s", (unsigned long long)epoch, error->text);
     say(service, &failed);
 }
@@ -285,19 +290,6 @@ static struct executor_options executor_options_of(const struct step_service *se
                                                 .max_positions = a->max_positions}};
 }
 
-static int load_weights(struct step_service *service, uint64_t other_bytes, struct weight_totals *totals,
-                        struct error *error)
-{
-    uint64_t dropped = weight_cache_drop(service->weights, &service->list);
-    if (dropped)
-        log_info("dropped %.1f MB of weights that other workers hold now", (double)dropped / 1e6);
-    struct weight_load load = {.memory_free = memory_left(service),
-                               .other_bytes = other_bytes,
-                               .progress = report_progress,
-                               .context = service};
-    return weight_cache_precache(service->weights, &service->list, &load, totals, error);
-}
-
 static struct stage_edges edges_of(const struct step_service *service)
 {
     const struct assignment *a = &service->assignment;
@@ -332,33 +324,58 @@ static int offer_link_id(struct step_service *service, struct wire_worker_messag
     return STATUS_OK;
 }
 
+static int list_weights(struct step_service *service, const struct assignment *a, struct error *error)
+{
+    weight_list_free(&service->list);
+    int status = weight_list_make(&service->list, service->options.gguf, service->options.spec,
+                                  a->first_layer, a->n_layers, error);
+    uint64_t dropped = status ? 0 : weight_cache_drop(service->weights, &service->list);
+    if (dropped)
+        log_info("dropped %.1f MB of weights that other workers hold now", (double)dropped / 1e6);
+    return status;
+}
+
+static int load_weights(struct step_service *service, const struct memory_plan *plan,
+                        struct weight_totals *totals, struct error *error)
+{
+    struct weight_load load = {.memory_free = plan->free,
+                               .other_bytes = memory_plan_others(plan),
+                               .progress = report_progress,
+                               .context = service};
+    return weight_cache_precache(service->weights, &service->list, &load, totals, error);
+}
+
 // Everything up to LOADED.
 static int load(struct step_service *service, const struct job *job, struct weight_totals *totals,
-                uint64_t *kv_bytes, struct error *error)
+                struct memory_plan *plan, struct error *error)
 {
     const struct assignment *a = &job->assignment;
     int status = check_assignment(service, a, error);
     if (!status)
         status = change_level(service, a->level, error);
-    weight_list_free(&service->list);
     if (!status)
-        status = weight_list_make(&service->list, service->options.gguf, service->options.spec,
-                                  a->first_layer, a->n_layers, error);
+        status = list_weights(service, a, error);
     if (status)
         return status;
     service->assignment = *a;
     struct executor_options options = executor_options_of(service, job->epoch);
-    uint64_t workspace_bytes;
-    status = executor_plan_bytes(&options, kv_bytes, &workspace_bytes, error);
     const struct stage_edges edges = edges_of(service);
-    workspace_bytes += stage_links_plan_bytes(&edges);
-    if (!status)
-        status = load_weights(service, *kv_bytes + workspace_bytes, totals, error);
+    status = memory_plan_make(plan, &options, stage_links_plan_bytes(&edges), memory_left(service), error);
+    if (status)
+        return status;
+    memory_plan_log(plan);
+    if (!memory_plan_fits(plan)) // which the load will say
+        service->fits_pages = memory_plan_pages(plan, &options);
+    status = load_weights(service, plan, totals, error);
     if (!status)
         status = executor_new(&service->executor, &options, error);
     if (!status)
-        service->held_bytes = *kv_bytes + workspace_bytes;
-    return status;
+        status = executor_warm_up(service->executor, error);
+    if (status)
+        return status;
+    memory_plan_check(plan, service->device);
+    service->held_bytes = memory_plan_others(plan);
+    return STATUS_OK;
 }
 
 static void run_assign(struct step_service *service, const struct job *job)
@@ -368,18 +385,20 @@ static void run_assign(struct step_service *service, const struct job *job)
         return;
     struct weight_totals totals = {0};
     struct error error = {0};
-    uint64_t kv_bytes = 0;
+    struct memory_plan plan = {0};
     int64_t start = clock_now_us();
     service->executor_epoch = job->epoch;
+    service->fits_pages = 0;
     service->progress_us = 0;
     unsigned char link_id[LINK_NCCL_ID_BYTES];
     struct wire_worker_message loaded = {.kind = WIRE_LOADED, .epoch = job->epoch};
-    int status = load(service, job, &totals, &kv_bytes, &error);
+    int status = load(service, job, &totals, &plan, &error);
     if (!status)
         status = offer_link_id(service, &loaded, link_id, &error);
     note_memory(service);
     if (status) {
         fail(service, job->epoch, NULL, &error);
+        service->fits_pages = 0;
         return;
     }
     pthread_mutex_lock(&service->mutex);
@@ -389,9 +408,9 @@ static void run_assign(struct step_service *service, const struct job *job)
     const struct assignment *a = &service->assignment;
     log_info("stage %u of %u: layers %u to %u, %.1f MB of weights cached (%u loaded, %u kept), %.1f MB of KV",
              a->stage, a->n_stages, a->first_layer, a->first_layer + a->n_layers - 1,
-             (double)totals.cached / 1e6, totals.n_loaded, totals.n_kept, (double)kv_bytes / 1e6);
+             (double)totals.cached / 1e6, totals.n_loaded, totals.n_kept, (double)plan.stage.kv / 1e6);
     loaded.weight_bytes = totals.cached;
-    loaded.kv_bytes = kv_bytes;
+    loaded.kv_bytes = plan.stage.kv;
     loaded.source_bytes = totals.source_bytes;
     loaded.load_us = (uint64_t)(clock_now_us() - start);
     loaded.n_weights = totals.n_loaded + totals.n_kept;

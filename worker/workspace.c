@@ -81,8 +81,13 @@ static void lay_out(struct layout *layout, struct workspace *ws, struct device *
                     WEIGHT_READS_ATTENDED);
     want_activation(layout, device, shape, &ws->activated, spec->ffn_width, WEIGHT_READS_ACTIVATED);
     lay_out_outputs(layout, ws, shape);
-    for (uint32_t i = 0; i < layout->count; i++)
-        ws->bytes += layout->buffers[i].bytes;
+    for (uint32_t i = 0; i < layout->count; i++) {
+        const struct buffer *buffer = &layout->buffers[i];
+        if (buffer->on_device)
+            ws->bytes += device_ops(device)->alloc_bytes(device, buffer->bytes);
+        else if (!device_stream(device)) // the CPU's memory is the host's
+            ws->bytes += buffer->bytes;
+    }
 }
 
 struct step_inputs step_inputs_at(void *block, uint32_t n_tokens, uint32_t n_spans)

@@ -29,7 +29,7 @@ struct workspace {
     const struct kernel_ops *ops;
     uint32_t max_positions, max_rows, table_stride, head_rows;
     uint32_t qkv_stride, ffn_stride;
-    uint64_t bytes; // all of it
+    uint64_t bytes; // of the device's memory
     // [device] inputs of a step
     void *inputs;          // step_inputs_at the size of the batch; uploaded in one go
     uint32_t *page_tables; // [n_slots + 1][table_stride]

@@ -158,6 +158,11 @@ struct block {
 
 enum { HUGE_PAGE = 2 << 20 };
 
+size_t cpu_alloc_bytes(const struct device *device, size_t bytes)
+{
+    return bytes;
+}
+
 void *cpu_alloc(struct device *device, size_t bytes)
 {
     size_t total;
@@ -215,6 +220,17 @@ void cpu_device_fault(struct cpu_device *device, int status, const char *sentenc
 {
     if (!device->fault.status)
         error_set(&device->fault, status, "%s", sentence);
+}
+
+// Scratch space is the threads' own, and small.
+size_t cpu_scratch_bytes(const struct device *device, const struct scratch_shape *shape)
+{
+    return 0;
+}
+
+int cpu_reserve(struct device *device, size_t bytes, struct error *error)
+{
+    return STATUS_OK;
 }
 
 int cpu_sync(struct device *device, struct error *error)

@@ -206,6 +206,9 @@ const struct kernel_ops *cpu_ops_of_level(uint32_t level);
 
 // cpu_device.c
 void *cpu_alloc(struct device *device, size_t bytes);
+size_t cpu_alloc_bytes(const struct device *device, size_t bytes);
+size_t cpu_scratch_bytes(const struct device *device, const struct scratch_shape *shape);
+int cpu_reserve(struct device *device, size_t bytes, struct error *error);
 void cpu_free(struct device *device, void *memory);
 void cpu_upload(struct device *device, void *to, const void *from, size_t bytes);
 void cpu_download(struct device *device, void *to, const void *from, size_t bytes);

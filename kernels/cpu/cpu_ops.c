@@ -3,16 +3,16 @@
 
 // What does not depend on the level, or sees to it itself.
 #define COMMON_OPS                                                                                           \
-    .alloc = cpu_alloc, .free = cpu_free, .upload = cpu_upload, .download = cpu_download, .copy = cpu_copy,  \
-    .sync = cpu_sync, .alloc_host = cpu_alloc_host, .free_host = cpu_free_host, .fetch = cpu_download,       \
-    .mark = cpu_mark, .reached = cpu_reached, .replay = cpu_replay, .record = cpu_record,                    \
-    .record_end = cpu_record_end, .forget = cpu_record_end, .feed = cpu_feed, .store = cpu_store,            \
-    .project = kernel_project, .sampler_bytes = cpu_sampler_bytes, .matrix_bytes = cpu_matrix_bytes,         \
-    .matrix_pack = cpu_matrix_pack, .matrix_forms = cpu_matrix_forms,                                        \
+    .alloc = cpu_alloc, .alloc_bytes = cpu_alloc_bytes, .free = cpu_free, .upload = cpu_upload,              \
+    .download = cpu_download, .copy = cpu_copy, .sync = cpu_sync, .alloc_host = cpu_alloc_host,              \
+    .free_host = cpu_free_host, .fetch = cpu_download, .mark = cpu_mark, .reached = cpu_reached,             \
+    .replay = cpu_replay, .record = cpu_record, .record_end = cpu_record_end, .forget = cpu_record_end,      \
+    .feed = cpu_feed, .store = cpu_store, .project = kernel_project, .sampler_bytes = cpu_sampler_bytes,     \
+    .matrix_bytes = cpu_matrix_bytes, .matrix_pack = cpu_matrix_pack, .matrix_forms = cpu_matrix_forms,      \
     .activation_bytes = cpu_activation_bytes, .kv_page_bytes = cpu_kv_page_bytes, .embed = cpu_embed,        \
     .attn_prepare = cpu_attn_prepare, .attention = cpu_attention, .sampler_new = cpu_sampler_new,            \
     .sampler_free = cpu_sampler_free, .sampler_open = cpu_sampler_open, .sampler_close = cpu_sampler_close,  \
-    .sample = cpu_sample, .score = cpu_score
+    .sample = cpu_sample, .score = cpu_score, .scratch_bytes = cpu_scratch_bytes, .reserve = cpu_reserve
 
 static const struct kernel_ops PORTABLE = {
     .name = "portable",

@@ -52,6 +52,7 @@ static void close_device(struct device *base)
 {
     struct cuda_device *device = cuda_device_of(base);
     cuda_enter(device);
+    cuda_load_close(device);
     if (device->stream)
         cudaStreamSynchronize(device->stream);
     cuda_forget(base);

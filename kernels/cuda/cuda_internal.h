@@ -24,9 +24,12 @@ enum {
     CUDA_FORM_HALF = 1,       // the one form of activations
     CUDA_ACTIVATED_UNIT = 32, // the FFN's inside may pass what a half holds: it is stored over 32
     CUDA_TICKETS = 1 << 18,   // rows times key heads of one decode attention
+    CUDA_SEGMENTS = 24,       // of the ring of pinned memory, 96 MB
+    CUDA_SEGMENT_BYTES = 4 << 20,
 };
 
 struct cuda_staging; // pinned memory that uploads pass through (cuda_memory.c)
+struct cuda_load;    // the threads that read weights (cuda_load.c)
 struct cuda_gemm;    // the library's handle and pinned algorithms (cuda_gemm.cu)
 
 struct cuda_device {
@@ -37,6 +40,7 @@ struct cuda_device {
     char description[160];
     struct error fault; // first failure since the last report
     struct cuda_staging *staging;
+    struct cuda_load *load; // NULL before the first matrix
     struct cuda_gemm *gemm;
     void *scratch; // [device] grows while weights are packed and stages planned, never in a step
     size_t scratch_bytes;
@@ -73,6 +77,7 @@ extern const struct kernel_ops cuda_ops;
 int cuda_memory_open(struct cuda_device *device, struct error *error);
 void cuda_memory_close(struct cuda_device *device);
 void *cuda_alloc(struct device *device, size_t bytes);
+size_t cuda_alloc_bytes(const struct device *device, size_t bytes);
 void cuda_free(struct device *device, void *memory);
 void cuda_upload(struct device *device, void *to, const void *from, size_t bytes);
 void cuda_download(struct device *device, void *to, const void *from, size_t bytes);
@@ -85,6 +90,19 @@ uint64_t cuda_mark(struct device *device);
 int cuda_reached(struct device *device, uint64_t mark, struct error *error);
 // `bytes` of device memory for one op at a time; NULL (and a fault) when there is none.
 void *cuda_scratch(struct cuda_device *device, size_t bytes);
+size_t cuda_scratch_bytes(const struct device *device, const struct scratch_shape *shape);
+int cuda_reserve(struct device *device, size_t bytes, struct error *error);
+// A whole segment of the pinned ring, free to be written; NULL after a fault. It is lent again when the
+// copies queued before cuda_segment_used are done; until then the borrower answers cuda_load_leave_segment.
+uint8_t *cuda_segment_take(struct cuda_device *device, uint32_t *segment);
+void cuda_segment_used(struct cuda_device *device, uint32_t segment);
+
+// cuda_load.c
+int cuda_matrix_load(struct device *device, const struct matrix *matrix, const struct matrix_source *source,
+                     struct error *error);
+void cuda_load_drain(struct cuda_device *device); // all that was asked for is queued on the stream
+void cuda_load_leave_segment(struct cuda_device *device, uint32_t segment);
+void cuda_load_close(struct cuda_device *device);
 
 // cuda_program.c
 bool cuda_replay(struct device *device, uint32_t key);
@@ -98,6 +116,11 @@ size_t cuda_matrix_bytes(const struct device *device, uint32_t type, uint32_t ro
 int cuda_matrix_pack(struct device *device, const struct matrix *matrix, const void *source,
                      struct error *error);
 unsigned cuda_matrix_forms(const struct device *device, uint32_t type);
+// Rows that are packed at once, and their packing from `staged` [device], where they stand as in the file.
+// `first` is a multiple of cuda_pack_group.
+uint32_t cuda_pack_group(uint32_t type, uint32_t rows, uint32_t width);
+void cuda_pack_rows(struct cuda_device *device, const struct matrix *matrix, const void *staged,
+                    uint32_t first, uint32_t count);
 
 // cuda_rows.cu
 size_t cuda_activation_bytes(const struct device *device, uint32_t width, uint32_t rows, unsigned forms);

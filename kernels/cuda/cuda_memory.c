@@ -3,21 +3,31 @@
 // Uploads pass through a ring of pinned memory: the caller's bytes are copied into it, and the copy engine
 // takes them from there when the stream gets to it. The ring is cut into segments; entering one waits until
 // the copies that last used it are done, which in a step never happens (a step uploads some kilobytes, the
-// ring holds 64 MB), and while weights are loaded is what keeps the reader a few segments ahead of the
-// device. Called by the executor's thread, which owns everything here.
+// ring holds 96 MB), and while weights are loaded (cuda_load.c, which fills whole segments) is what keeps the
+// readers less than a ring ahead of the device. Called by the executor's thread, which owns everything here.
 #include "kernels/cuda/cuda_internal.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-enum { SEGMENTS = 8, SEGMENT_BYTES = 8 << 20, ALIGNMENT = 256 };
+enum {
+    ALIGNMENT = 256,      // of an upload in the ring
+    GRANULE = 2 << 20,    // device memory is given out in pieces of so much,
+    SMALL_PIECE = 1 << 20 // and small ones share such a piece
+};
 
 struct cuda_staging {
-    uint8_t *memory; // pinned [SEGMENTS][SEGMENT_BYTES]
-    cudaEvent_t done[SEGMENTS];
-    uint32_t segment; // being filled
-    size_t used;      // of it
+    uint8_t *memory; // pinned [CUDA_SEGMENTS][CUDA_SEGMENT_BYTES]
+    cudaEvent_t done[CUDA_SEGMENTS];
+    uint32_t segment; // the last one entered
+    bool filling;     // uploads go to it, `used` bytes so far
+    size_t used;
 };
+
+static size_t rounded(size_t bytes, size_t unit)
+{
+    return (bytes + unit - 1) / unit * unit;
+}
 
 int cuda_memory_open(struct cuda_device *device, struct error *error)
 {
@@ -25,8 +35,8 @@ int cuda_memory_open(struct cuda_device *device, struct error *error)
     if (!staging)
         return error_set(error, STATUS_NO_MEMORY, "no memory for a CUDA device");
     device->staging = staging;
-    cudaError_t code = cudaMallocHost((void **)&staging->memory, (size_t)SEGMENTS * SEGMENT_BYTES);
-    for (int i = 0; i < SEGMENTS && code == cudaSuccess; i++)
+    cudaError_t code = cudaMallocHost((void **)&staging->memory, (size_t)CUDA_SEGMENTS * CUDA_SEGMENT_BYTES);
+    for (int i = 0; i < CUDA_SEGMENTS && code == cudaSuccess; i++)
         code = cudaEventCreateWithFlags(&staging->done[i], cudaEventDisableTiming);
     for (int i = 0; i < CUDA_MARKS && code == cudaSuccess; i++)
         code = cudaEventCreateWithFlags(&device->marks[i], cudaEventDisableTiming);
@@ -47,7 +57,7 @@ void cuda_memory_close(struct cuda_device *device)
         if (device->marks[i])
             cudaEventDestroy(device->marks[i]);
     }
-    for (int i = 0; staging && i < SEGMENTS; i++) {
+    for (int i = 0; staging && i < CUDA_SEGMENTS; i++) {
         if (staging->done[i])
             cudaEventDestroy(staging->done[i]);
     }
@@ -79,8 +89,27 @@ void cuda_free(struct device *base, void *memory)
     if (!memory)
         return;
     cuda_enter(device);
+    cuda_load_drain(device);
     cuda_failed(device, cudaStreamSynchronize(device->stream), "finishing before memory is freed");
     cuda_failed(device, cudaFree(memory), "freeing memory");
+}
+
+size_t cuda_alloc_bytes(const struct device *device, size_t bytes)
+{
+    return bytes <= SMALL_PIECE ? rounded(bytes, 512) : rounded(bytes, GRANULE);
+}
+
+// --- scratch ---
+
+static void drop_scratch(struct cuda_device *device)
+{
+    cuda_enter(device);
+    cuda_load_drain(device);
+    cuda_forget(&device->base); // programs hold the old address
+    cuda_failed(device, cudaStreamSynchronize(device->stream), "changing scratch memory");
+    cudaFree(device->scratch);
+    device->scratch = NULL;
+    device->scratch_bytes = 0;
 }
 
 void *cuda_scratch(struct cuda_device *device, size_t bytes)
@@ -92,36 +121,79 @@ void *cuda_scratch(struct cuda_device *device, size_t bytes)
                    "a recorded operation needs more scratch memory than was planned");
         return NULL;
     }
-    cuda_enter(device);
-    cuda_forget(&device->base); // programs hold the old address
-    cuda_failed(device, cudaStreamSynchronize(device->stream), "growing scratch memory");
-    cudaFree(device->scratch);
-    device->scratch = NULL;
-    device->scratch_bytes = 0;
-    bytes = (bytes + (2 << 20) - 1) / (2 << 20) * (2 << 20);
+    drop_scratch(device);
+    bytes = rounded(bytes, GRANULE);
     if (cuda_failed(device, cudaMalloc(&device->scratch, bytes), "growing scratch memory"))
         return NULL;
     device->scratch_bytes = bytes;
     return device->scratch;
 }
 
+// Ops take it in turns: the most that any of them needs.
+size_t cuda_scratch_bytes(const struct device *device, const struct scratch_shape *shape)
+{
+    size_t attention =
+        cuda_attention_scratch_bytes(shape->n_heads, shape->head_size, shape->generated, shape->pages);
+    size_t group = shape->rows ? cuda_pack_group(shape->type, shape->rows, shape->width) : 0;
+    size_t packing = group * tensor_type_bytes(shape->type, shape->width, 1);
+    size_t product =
+        shape->reads_prompts ? (size_t)shape->rows * cuda_padded_width(shape->width) * sizeof(uint16_t) : 0;
+    size_t most = attention > packing ? attention : packing;
+    return rounded(most > product ? most : product, GRANULE);
+}
+
+int cuda_reserve(struct device *base, size_t bytes, struct error *error)
+{
+    struct cuda_device *device = cuda_device_of(base);
+    if (bytes == 0) {
+        if (device->scratch)
+            drop_scratch(device);
+        return STATUS_OK;
+    }
+    return cuda_scratch(device, bytes) ? STATUS_OK : cuda_sync(base, error);
+}
+
 // --- to the device ---
+
+// Uploads go elsewhere from now on.
+static void leave_segment(struct cuda_device *device)
+{
+    struct cuda_staging *staging = device->staging;
+    if (staging->filling)
+        cuda_segment_used(device, staging->segment);
+    staging->filling = false;
+}
+
+void cuda_segment_used(struct cuda_device *device, uint32_t segment)
+{
+    cuda_failed(device, cudaEventRecord(device->staging->done[segment], device->stream), "staging an upload");
+}
+
+uint8_t *cuda_segment_take(struct cuda_device *device, uint32_t *segment)
+{
+    struct cuda_staging *staging = device->staging;
+    leave_segment(device);
+    staging->segment = (staging->segment + 1) % CUDA_SEGMENTS;
+    *segment = staging->segment;
+    cuda_load_leave_segment(device, *segment);
+    if (cuda_failed(device, cudaEventSynchronize(staging->done[*segment]), "staging an upload"))
+        return NULL;
+    return staging->memory + (size_t)*segment * CUDA_SEGMENT_BYTES;
+}
 
 // Room for `bytes` (at most a segment) in the ring; NULL after a fault.
 static uint8_t *stage(struct cuda_device *device, size_t bytes)
 {
     struct cuda_staging *staging = device->staging;
-    if (staging->used + bytes > SEGMENT_BYTES) {
-        if (cuda_failed(device, cudaEventRecord(staging->done[staging->segment], device->stream),
-                        "staging an upload"))
+    if (!staging->filling || staging->used + bytes > CUDA_SEGMENT_BYTES) {
+        uint32_t segment;
+        if (!cuda_segment_take(device, &segment))
             return NULL;
-        staging->segment = (staging->segment + 1) % SEGMENTS;
+        staging->filling = true;
         staging->used = 0;
-        if (cuda_failed(device, cudaEventSynchronize(staging->done[staging->segment]), "staging an upload"))
-            return NULL;
     }
-    uint8_t *room = staging->memory + (size_t)staging->segment * SEGMENT_BYTES + staging->used;
-    staging->used += (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    uint8_t *room = staging->memory + (size_t)staging->segment * CUDA_SEGMENT_BYTES + staging->used;
+    staging->used += rounded(bytes, ALIGNMENT);
     return room;
 }
 
@@ -130,7 +202,7 @@ void cuda_upload(struct device *base, void *to, const void *from, size_t bytes)
     struct cuda_device *device = cuda_device_of(base);
     cuda_enter(device);
     for (size_t done = 0; done < bytes;) {
-        size_t piece = bytes - done < SEGMENT_BYTES ? bytes - done : SEGMENT_BYTES;
+        size_t piece = bytes - done < CUDA_SEGMENT_BYTES ? bytes - done : CUDA_SEGMENT_BYTES;
         uint8_t *room = stage(device, piece);
         if (!room)
             return;
@@ -177,6 +249,7 @@ int cuda_sync(struct device *base, struct error *error)
 {
     struct cuda_device *device = cuda_device_of(base);
     cuda_enter(device);
+    cuda_load_drain(device);
     cuda_failed(device, cudaStreamSynchronize(device->stream), "computing");
     return report(device, error);
 }

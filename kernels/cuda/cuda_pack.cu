@@ -1,7 +1,7 @@
-// Packing: from GGUF's blocks to records (cuda_record.cuh), on the device. The source's bytes pass through
-// the staging ring a piece of rows at a time, so that the host reads the next piece while the device packs
-// this one. Unpacking, for products with many prompt rows: records to plain rows of halves. Queued by the
-// executor's thread.
+// Packing: from GGUF's blocks to records (cuda_record.cuh), on the device. The source's bytes come through
+// the pinned ring, some rows at a time, so that the host reads the next ones while the device packs these.
+// Unpacking, for products with many prompt rows: records to plain rows of halves. Queued by the executor's
+// thread.
 #include "kernels/cuda/cuda_record.cuh"
 #include "kernels/cuda/cuda_source.cuh"
 
@@ -303,33 +303,47 @@ static void pack_piece(struct cuda_device *device, struct pack_args *args, int l
     }
 }
 
+extern "C" uint32_t cuda_pack_group(uint32_t type, uint32_t rows, uint32_t width)
+{
+    uint32_t panel_rows = PANEL_TILES * CUDA_TILE_ROWS;
+    size_t panel_bytes = tensor_type_bytes(type, width, panel_rows);
+    uint32_t panels = panel_bytes < PIECE_BYTES ? (uint32_t)(PIECE_BYTES / panel_bytes) : 1;
+    size_t group = (size_t)panels * panel_rows;
+    return group < rows ? (uint32_t)group : rows;
+}
+
+extern "C" void cuda_pack_rows(struct cuda_device *device, const struct matrix *matrix, const void *staged,
+                               uint32_t first, uint32_t count)
+{
+    struct pack_args args = pack_args_of(matrix);
+    args.source = (const uint8_t *)staged;
+    args.first_row = first;
+    args.n_rows = count;
+    pack_piece(device, &args, record_layout_of(matrix->type));
+}
+
 extern "C" int cuda_matrix_pack(struct device *base, const struct matrix *matrix, const void *source,
                                 struct error *error)
 {
     struct cuda_device *device = cuda_device_of(base);
-    struct pack_args args = pack_args_of(matrix);
     if (tensor_type_bytes(matrix->type, matrix->width, matrix->rows) == 0)
         return error_set(error, STATUS_INVALID, "a matrix of %u x %u weights cannot have type %u",
                          matrix->rows, matrix->width, matrix->type);
+    size_t row_bytes = tensor_type_bytes(matrix->type, matrix->width, 1);
     if (matrix->table) {
         cuda_upload(base, matrix->data, source, matrix->bytes);
         return STATUS_OK;
     }
-    uint32_t panel_rows = PANEL_TILES * CUDA_TILE_ROWS;
-    size_t panel_bytes = panel_rows * args.row_bytes;
-    uint32_t panels = panel_bytes < PIECE_BYTES ? (uint32_t)(PIECE_BYTES / panel_bytes) : 1;
-    size_t piece_rows = (size_t)panels * panel_rows < matrix->rows ? panels * panel_rows : matrix->rows;
-    uint8_t *staged = (uint8_t *)cuda_scratch(device, piece_rows * args.row_bytes);
+    uint32_t group = cuda_pack_group(matrix->type, matrix->rows, matrix->width);
+    cuda_load_drain(device); // it packs from the same scratch memory
+    void *staged = cuda_scratch(device, group * row_bytes);
     if (!staged)
         return error_set(error, STATUS_NO_MEMORY, "GPU %d has no %zu bytes left to pack a weight from",
-                         device->index, piece_rows * args.row_bytes);
-    args.source = staged;
-    for (size_t row = 0; row < matrix->rows; row += piece_rows) {
-        args.first_row = (uint32_t)row;
-        args.n_rows = (uint32_t)(matrix->rows - row < piece_rows ? matrix->rows - row : piece_rows);
-        cuda_upload(base, staged, (const uint8_t *)source + row * args.row_bytes,
-                    args.n_rows * args.row_bytes);
-        pack_piece(device, &args, record_layout_of(matrix->type));
+                         device->index, group * row_bytes);
+    for (size_t row = 0; row < matrix->rows; row += group) {
+        uint32_t count = (uint32_t)(matrix->rows - row < group ? matrix->rows - row : group);
+        cuda_upload(base, staged, (const uint8_t *)source + row * row_bytes, count * row_bytes);
+        cuda_pack_rows(device, matrix, staged, (uint32_t)row, count);
     }
     return STATUS_OK;
 }

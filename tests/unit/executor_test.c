@@ -442,16 +442,21 @@ static void change_ops(void)
     marks = reached = n_recorded = 0;
 }
 
+static struct executor_options whole_model(void)
+{
+    return (struct executor_options){.device = engine.device,
+                                     .spec = &engine.spec,
+                                     .list = &engine.list,
+                                     .weights = engine.weights,
+                                     .epoch = 1,
+                                     .n_stages = 1,
+                                     .n_layers = LAYERS,
+                                     .bounds = {SLOTS, SLOTS * 4, CONTEXT, VOCAB, POSITIONS}};
+}
+
 static void renew_executor(void)
 {
-    struct executor_options options = {.device = engine.device,
-                                       .spec = &engine.spec,
-                                       .list = &engine.list,
-                                       .weights = engine.weights,
-                                       .epoch = 1,
-                                       .n_stages = 1,
-                                       .n_layers = LAYERS,
-                                       .bounds = {SLOTS, SLOTS * 4, CONTEXT, VOCAB, POSITIONS}};
+    struct executor_options options = whole_model();
     executor_free(engine.executor);
     ck_assert_msg(executor_new(&engine.executor, &options, &error) == 0, "%s", error.text);
     engine.steps = 0;
@@ -587,6 +592,26 @@ START_TEST(test_padding_changes_nothing)
     ck_assert_uint_eq(n_recorded, 5);
     for (uint32_t i = 0; i < n_recorded; i++)
         ck_assert_uint_eq(recorded[i], SLOTS); // sixteen are more than there can be
+}
+END_TEST
+
+START_TEST(test_warming_up_leaves_no_trace)
+{
+    change_ops();
+    ops.replay = note_replay;
+    ops.keeps_programs = false;
+    renew_executor();
+    uint64_t expected = generate();
+    ck_assert_int_eq(executor_warm_up(engine.executor, &error), 0); // nothing to do
+    ck_assert_uint_eq(n_recorded, 0);
+    ops.keeps_programs = true;
+    renew_executor();
+    ck_assert_int_eq(executor_warm_up(engine.executor, &error), 0);
+    ck_assert_uint_eq(n_recorded, 9); // one to eight, and as many as there are slots
+    for (uint32_t i = 0; i < n_recorded; i++)
+        ck_assert_uint_eq(recorded[i], i < 8 ? i + 1 : SLOTS);
+    ck_assert_uint_eq(executor_unfinished(engine.executor), 0);
+    ck_assert_uint_eq(generate(), expected);
 }
 END_TEST
 
@@ -811,6 +836,7 @@ Suite *make_suite(void)
     tcase_add_test(tests, test_steps_are_finished_when_the_device_gets_there);
     tcase_add_test(tests, test_too_many_steps_are_refused);
     tcase_add_test(tests, test_padding_changes_nothing);
+    tcase_add_test(tests, test_warming_up_leaves_no_trace);
     tcase_add_loop_test(tests, test_the_first_stage_sends_residuals_and_reads_draws, 0, 2);
     tcase_add_loop_test(tests, test_draws_nobody_names_are_read_all_the_same, 0, 2);
     tcase_add_test(tests, test_a_drawn_token_beyond_the_vocabulary_is_refused);

@@ -1,9 +1,11 @@
 // The weight cache's contract, point by point: names, true types, what a stage needs, refusals before
 // anything is uploaded, all or nothing, idempotent reload, dropping. On the device that
 // STRATA_TEST_BACKEND names (the CPU), with ops that fail on demand.
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "common/tensor_type.h"
 #include "kernels/device_internal.h"
@@ -62,6 +64,7 @@ static void setup(void)
     failing_ops.alloc = alloc_or_fail;
     failing_ops.free = count_free;
     failing_ops.upload = upload_to_host;
+    failing_ops.matrix_load = NULL;
 }
 
 static void teardown(void)
@@ -554,6 +557,218 @@ START_TEST(test_progress_reaches_the_total_and_can_stop_the_load)
 }
 END_TEST
 
+// --- a backend that reads by itself ---
+
+// Three threads a matrix, which nobody waits for before the next sync.
+enum { READERS = 3, PENDING = 64 };
+struct reader {
+    pthread_t thread;
+    struct matrix_source source;
+    void *to;
+    uint32_t first, count;
+    struct error error;
+};
+struct pending {
+    struct matrix matrix;
+    void *bytes;
+    struct reader readers[READERS];
+};
+static struct kernel_ops reading_ops;
+static const struct kernel_ops *real_ops;
+static struct pending pending[PENDING];
+static uint32_t n_pending;
+
+static void *run_reader(void *argument)
+{
+    struct reader *reader = argument;
+    reader->source.read(reader->source.context, reader->to, reader->first, reader->count, &reader->error);
+    return NULL;
+}
+
+static int load_with_threads(struct device *on, const struct matrix *matrix,
+                             const struct matrix_source *source, struct error *error)
+{
+    struct pending *new = &pending[n_pending++];
+    size_t row_bytes = tensor_type_bytes(matrix->type, matrix->width, 1);
+    *new = (struct pending){.matrix = *matrix, .bytes = malloc(matrix->rows * row_bytes)};
+    for (uint32_t i = READERS; i-- > 0;) { // the last rows first
+        uint32_t first = matrix->rows * i / READERS, end = matrix->rows * (i + 1) / READERS;
+        new->readers[i] = (struct reader){.source = *source,
+                                          .to = (char *)new->bytes + first *row_bytes,
+                                          .first = first,
+                                          .count = end - first};
+        ck_assert_int_eq(pthread_create(&new->readers[i].thread, NULL, run_reader, &new->readers[i]), 0);
+    }
+    return STATUS_OK;
+}
+
+static int sync_threads(struct device *on, struct error *error)
+{
+    int status = STATUS_OK;
+    for (uint32_t p = 0; p < n_pending; p++) {
+        for (uint32_t i = 0; i < READERS; i++) {
+            pthread_join(pending[p].readers[i].thread, NULL);
+            if (!status && pending[p].readers[i].error.status) {
+                *error = pending[p].readers[i].error;
+                status = error->status;
+            }
+        }
+        if (!status)
+            status = real_ops->matrix_pack(on, &pending[p].matrix, pending[p].bytes, error);
+        if (!status)
+            status = real_ops->sync(on, error);
+        free(pending[p].bytes);
+    }
+    n_pending = 0;
+    return status;
+}
+
+static void read_with_threads(void)
+{
+    real_ops = device->ops;
+    reading_ops = *device->ops;
+    reading_ops.matrix_load = load_with_threads;
+    reading_ops.sync = sync_threads;
+    device->ops = &reading_ops;
+}
+
+// The model once more, in a file.
+static void write_model(const struct model *model, char path[64], struct gguf **gguf)
+{
+    struct error error = {0};
+    strcpy(path, P_tmpdir "/strata-weights-XXXXXX");
+    int file = mkstemp(path);
+    ck_assert_int_ge(file, 0);
+    size_t length = gguf_file_bytes(model->gguf);
+    ck_assert_int_eq(write(file, model->bytes, length), (ssize_t)length);
+    close(file);
+    ck_assert_msg(gguf_open(gguf, path, &error) == 0, "%s", error.text);
+}
+
+static void expect_equal_weights(const struct weight_cache *a, const struct weight_cache *b,
+                                 const struct weight_list *list)
+{
+    for (uint32_t i = 0; i < list->count; i++) {
+        const struct matrix *one = weight_cache_matrix(a, list->items[i].name),
+                            *other = weight_cache_matrix(b, list->items[i].name);
+        ck_assert_int_eq(one != NULL, other != NULL);
+        if (!one)
+            continue;
+        ck_assert_uint_eq(one->bytes, other->bytes);
+        unsigned char *x = malloc(one->bytes), *y = malloc(one->bytes);
+        real_ops->download(device, x, one->data, one->bytes);
+        real_ops->download(device, y, other->data, one->bytes);
+        ck_assert_msg(memcmp(x, y, one->bytes) == 0, "%s", list->items[i].name);
+        free(x);
+        free(y);
+    }
+}
+
+START_TEST(test_however_it_is_read_a_weight_is_the_same)
+{
+    struct model model, other;
+    make_model(&model, false, false, 0);
+    make_model(&other, false, false, 1);
+    char path[64];
+    struct gguf *file;
+    write_model(&model, path, &file);
+    struct weight_list mapped = list_of(&model, 0, LAYERS), theirs = list_of(&other, 0, LAYERS), read;
+    ck_assert_int_eq(weight_list_make(&read, file, &model.spec, 0, LAYERS, NULL), 0);
+    const struct kernel_ops *ops = device->ops;
+    struct weight_cache *plain = new_cache(&model);
+    load(plain, &mapped);
+    read_with_threads();
+    struct weight_cache *cache = new_cache(&model);
+    weight_cache_set_file(cache, file);
+    struct weight_totals totals = load(cache, &read);
+    ck_assert_uint_eq(totals.n_loaded, read.count);
+    expect_equal_weights(plain, cache, &mapped);
+    weight_cache_set_file(cache, model.gguf); // hashed through the mapping, the other way round too
+    ck_assert_uint_eq(load(cache, &mapped).uploaded, 0);
+    weight_cache_set_file(cache, other.gguf);
+    refuse(cache, &theirs, PLENTY, 0, STATUS_INVALID, "already loaded from another source");
+    device->ops = ops;
+    weight_cache_set_file(plain, file);
+    ck_assert_uint_eq(load(plain, &read).n_kept, read.count);
+    weight_cache_free(cache);
+    weight_cache_free(plain);
+    weight_list_free(&mapped);
+    weight_list_free(&theirs);
+    weight_list_free(&read);
+    gguf_close(file);
+    unlink(path);
+    free_model(&model);
+    free_model(&other);
+}
+END_TEST
+
+struct interruption {
+    const char *path; // cut short after the first weight
+    uint32_t stop_after, calls;
+};
+
+static int interrupt(void *context, uint64_t done, uint64_t total)
+{
+    struct interruption *interruption = context;
+    if (interruption->path && interruption->calls == 0)
+        ck_assert_int_eq(truncate(interruption->path, 8192), 0);
+    return ++interruption->calls == interruption->stop_after;
+}
+
+START_TEST(test_a_load_that_is_read_by_threads_can_be_given_up)
+{
+    struct model model;
+    make_model(&model, false, false, 0);
+    struct weight_list list = list_of(&model, 0, LAYERS);
+    read_with_threads();
+    struct weight_cache *cache = new_cache(&model);
+    for (uint32_t at = 1; at <= list.count; at += 7) {
+        struct interruption stop = {.stop_after = at};
+        struct weight_load how = {.memory_free = PLENTY, .progress = interrupt, .context = &stop};
+        struct weight_totals totals;
+        struct error error = {0};
+        ck_assert_int_eq(weight_cache_precache(cache, &list, &how, &totals, &error), STATUS_CANCELLED);
+        ck_assert_uint_eq(weight_cache_count(cache), 0);
+        ck_assert_uint_eq(weight_cache_bytes(cache), 0);
+        ck_assert_uint_eq(n_pending, 0); // nobody reads for an entry that is gone
+    }
+    ck_assert_uint_eq(load(cache, &list).n_loaded, list.count);
+    weight_cache_free(cache);
+    weight_list_free(&list);
+    free_model(&model);
+}
+END_TEST
+
+START_TEST(test_a_file_that_was_cut_short_is_an_error)
+{
+    struct model model;
+    make_model(&model, false, false, 0);
+    char path[64];
+    struct gguf *file;
+    write_model(&model, path, &file);
+    struct weight_list list;
+    ck_assert_int_eq(weight_list_make(&list, file, &model.spec, 0, LAYERS, NULL), 0);
+    read_with_threads();
+    struct weight_cache *cache = new_cache(&model);
+    weight_cache_set_file(cache, file);
+    struct interruption cut = {.path = path}; // while it is read
+    struct weight_load how = {.memory_free = PLENTY, .progress = interrupt, .context = &cut};
+    struct weight_totals totals;
+    struct error error = {0};
+    ck_assert_int_eq(weight_cache_precache(cache, &list, &how, &totals, &error), STATUS_CORRUPT);
+    ck_assert_msg(strstr(error.text, "weight ") && strstr(error.text, "was cut short"), "%s", error.text);
+    ck_assert_uint_eq(weight_cache_count(cache), 0);
+    refuse(cache, &list, PLENTY, 0, STATUS_CORRUPT, "was changed since it was opened"); // before it is read
+    device->ops = real_ops;
+    refuse(cache, &list, PLENTY, 0, STATUS_CORRUPT, "was changed since it was opened");
+    weight_cache_free(cache);
+    weight_list_free(&list);
+    gguf_close(file);
+    unlink(path);
+    free_model(&model);
+}
+END_TEST
+
 Suite *make_suite(void)
 {
     Suite *suite = suite_create("weight_cache");
@@ -573,6 +788,9 @@ Suite *make_suite(void)
     tcase_add_test(tests, test_reload_from_another_source_is_an_error);
     tcase_add_test(tests, test_drop_keeps_what_the_new_plan_names);
     tcase_add_test(tests, test_progress_reaches_the_total_and_can_stop_the_load);
+    tcase_add_test(tests, test_however_it_is_read_a_weight_is_the_same);
+    tcase_add_test(tests, test_a_load_that_is_read_by_threads_can_be_given_up);
+    tcase_add_test(tests, test_a_file_that_was_cut_short_is_an_error);
     suite_add_tcase(suite, tests);
     return suite;
 }

@@ -365,7 +365,8 @@ START_TEST(worker_messages_go_there_and_back)
          .text = "no room",
          .has_step = true,
          .step = 12,
-         .peer_lost = true},
+         .peer_lost = true,
+         .fits_pages = 4000000000u},
         {.kind = WIRE_HEARTBEAT,
          .epoch = 1,
          .steps_done = 2,
@@ -390,6 +391,7 @@ START_TEST(worker_messages_go_there_and_back)
         ck_assert(out.weight_bytes == in->weight_bytes && out.kv_bytes == in->kv_bytes);
         ck_assert(out.source_bytes == in->source_bytes && out.load_us == in->load_us);
         ck_assert(out.n_weights == in->n_weights && out.has_step == in->has_step && out.step == in->step);
+        ck_assert_uint_eq(out.fits_pages, in->fits_pages);
         ck_assert(out.peer_lost == in->peer_lost && out.steps_done == in->steps_done);
         ck_assert(out.compute_us == in->compute_us && out.wait_us == in->wait_us);
         expect_same_strings(&out, in);

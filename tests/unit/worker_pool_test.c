@@ -293,6 +293,43 @@ START_TEST(a_failed_load_is_told_and_tried_again)
 }
 END_TEST
 
+START_TEST(fewer_pages_are_tried_at_once)
+{
+    open_pool((struct worker_pool_options){.n_workers = 2, .retry_us = 60000000});
+    struct fake *fakes[2] = {fake_join("a")};
+    while (pool_count_joined(pool) == 0)
+        pump_once();
+    fakes[1] = fake_join("b");
+    static const uint32_t FIT[] = {8, 6, 3}; // of 8
+    for (int i = 1; i < 3; i++) {
+        struct heard assign = fake_expect(fakes[0], WIRE_ASSIGN);
+        ck_assert_uint_eq(assign.message.n_pages, FIT[i - 1]);
+        fake_expect(fakes[1], WIRE_ASSIGN);
+        fake_say(fakes[i - 1], &(struct wire_worker_message){.kind = WIRE_FAILED,
+                                                             .epoch = assign.message.epoch,
+                                                             .status = STATUS_NO_MEMORY,
+                                                             .text = "too many",
+                                                             .fits_pages = FIT[i]});
+        fake_expect(fakes[0], WIRE_ABORT);
+        fake_expect(fakes[1], WIRE_ABORT);
+    }
+    uint64_t epoch = fake_expect(fakes[0], WIRE_ASSIGN).message.epoch;
+    struct heard assign = fake_expect(fakes[1], WIRE_ASSIGN);
+    ck_assert_uint_eq(assign.message.n_pages, 3);
+    fake_say(fakes[1], &(struct wire_worker_message){.kind = WIRE_FAILED,
+                                                     .epoch = epoch,
+                                                     .status = STATUS_NO_MEMORY,
+                                                     .text = "too many",
+                                                     .fits_pages = 1}); // no sequence has room in that
+    struct wire_pool picture = expect_state(WIRE_POOL_FAILED);
+    ck_assert_msg(strstr(picture.problem, "worker b could not load its layers: too many"), "%s",
+                  picture.problem);
+    fake_leave(fakes[0]);
+    fake_leave(fakes[1]);
+    close_pool();
+}
+END_TEST
+
 START_TEST(waiting_is_not_spinning)
 {
     open_pool((struct worker_pool_options){.n_workers = 1, .retry_us = 50000});
@@ -598,6 +635,7 @@ Suite *make_suite(void)
     tcase_add_test(tcase, workers_that_come_back_get_their_layers_back);
     tcase_add_test(tcase, silence_is_a_loss);
     tcase_add_test(tcase, a_failed_load_is_told_and_tried_again);
+    tcase_add_test(tcase, fewer_pages_are_tried_at_once);
     tcase_add_test(tcase, waiting_is_not_spinning);
     tcase_add_test(tcase, one_that_failed_less_is_preferred);
     tcase_add_test(tcase, the_broken_stream_explains_a_broken_link);
