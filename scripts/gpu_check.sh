@@ -90,7 +90,7 @@ check_ops() {
 }
 
 check_engine() {
-    for test in engine_test executor_test weight_cache_test; do
+    for test in engine_test executor_test weight_cache_test memory_plan_test; do
         run "engine/$test" 400 "$build/tests/$test"
     done
 }

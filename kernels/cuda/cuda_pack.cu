@@ -52,19 +52,21 @@ struct pack_row {
     uint32_t width;
 };
 
-__device__ struct pack_row pack_row_of(const struct pack_args &args, uint32_t row)
+__device__ __forceinline__ struct pack_row pack_row_of(const struct pack_args &args, uint32_t row)
 {
     bool there = row < args.rows && row - args.first_row < args.n_rows;
     return {there ? args.source + (size_t)(row - args.first_row) * args.row_bytes : NULL, args.width};
 }
 
-__device__ const uint8_t *pack_block(const struct pack_args &args, const struct pack_row &row, uint32_t k)
+__device__ __forceinline__ const uint8_t *pack_block(const struct pack_args &args, const struct pack_row &row,
+                                                     uint32_t k)
 {
     struct source_form form = source_form_of(args.type);
     return row.bytes && k < row.width ? row.bytes + (size_t)(k / form.block) * form.bytes : NULL;
 }
 
-__device__ uint32_t pack_code(const struct pack_args &args, const struct pack_row &row, uint32_t k)
+__device__ __forceinline__ uint32_t pack_code(const struct pack_args &args, const struct pack_row &row,
+                                              uint32_t k)
 {
     const uint8_t *block = pack_block(args, row, k);
     return block ? source_code(args.type, block, k % source_form_of(args.type).block) : 0;
@@ -108,19 +110,20 @@ struct pack_place { // the record that a block of threads writes
     unsigned char *record;
 };
 
-__device__ uint32_t place_row(const struct pack_place &place, uint32_t row)
+__device__ __forceinline__ uint32_t place_row(const struct pack_place &place, uint32_t row)
 {
     return place.tile * CUDA_TILE_ROWS + row;
 }
 
 // Of weight e of K group j in lane l's row g + 8 r.
-__device__ uint32_t place_k(const struct pack_place &place, uint32_t j, uint32_t lane, uint32_t e)
+__device__ __forceinline__ uint32_t place_k(const struct pack_place &place, uint32_t j, uint32_t lane,
+                                            uint32_t e)
 {
     return place.k_block * CUDA_K_BLOCK + 32 * j + 8 * (lane & 3) + e;
 }
 
 // Words of four 4-bit codes of group 2 i (low nibbles) and four of 2 i + 1.
-__device__ void pack_nibbles(const struct pack_args &args, const struct pack_place &place)
+__device__ __forceinline__ void pack_nibbles(const struct pack_args &args, const struct pack_place &place)
 {
     for (uint32_t w = threadIdx.x; w < 512; w += blockDim.x) {
         uint32_t i = w / 128, lane = w / 4 % 32, r = w / 2 % 2, part = w % 2, word = 0;
@@ -137,7 +140,8 @@ __device__ void pack_nibbles(const struct pack_args &args, const struct pack_pla
 
 // The fifth bits: word [i][lane], bit `pair` and 16 + `pair` for the two codes of a pair, pair = 8 high + 4 r
 // + e / 2.
-__device__ void pack_fifth_bits(const struct pack_args &args, const struct pack_place &place, uint32_t offset)
+__device__ __forceinline__ void pack_fifth_bits(const struct pack_args &args, const struct pack_place &place,
+                                                uint32_t offset)
 {
     for (uint32_t w = threadIdx.x; w < 128; w += blockDim.x) {
         uint32_t i = w / 32, lane = w % 32, word = 0;
@@ -155,7 +159,8 @@ __device__ void pack_fifth_bits(const struct pack_args &args, const struct pack_
 }
 
 // Bits 4 and 5: word [i][lane][r], at 2 pair and 16 + 2 pair, pair = 4 high + e / 2.
-__device__ void pack_high_pairs(const struct pack_args &args, const struct pack_place &place, uint32_t offset)
+__device__ __forceinline__ void pack_high_pairs(const struct pack_args &args, const struct pack_place &place,
+                                                uint32_t offset)
 {
     for (uint32_t w = threadIdx.x; w < 256; w += blockDim.x) {
         uint32_t i = w / 64, lane = w / 2 % 32, r = w % 2, word = 0;
@@ -170,7 +175,7 @@ __device__ void pack_high_pairs(const struct pack_args &args, const struct pack_
     }
 }
 
-__device__ void pack_bytes(const struct pack_args &args, const struct pack_place &place)
+__device__ __forceinline__ void pack_bytes(const struct pack_args &args, const struct pack_place &place)
 {
     for (uint32_t w = threadIdx.x; w < 1024; w += blockDim.x) {
         uint32_t j = w / 128, lane = w / 4 % 32, r = w / 2 % 2, part = w % 2, word = 0;
@@ -181,7 +186,7 @@ __device__ void pack_bytes(const struct pack_args &args, const struct pack_place
     }
 }
 
-__device__ void pack_halves(const struct pack_args &args, const struct pack_place &place)
+__device__ __forceinline__ void pack_halves(const struct pack_args &args, const struct pack_place &place)
 {
     for (uint32_t w = threadIdx.x; w < 4096; w += blockDim.x) {
         uint32_t j = w / 512, r = w / 256 % 2, lane = w / 8 % 32, e = w % 8,
@@ -196,8 +201,9 @@ __device__ void pack_halves(const struct pack_args &args, const struct pack_plac
 }
 
 // Integer scales and minimums, and the block's factors.
-__device__ void pack_integer_scales(const struct pack_args &args, const struct pack_place &place,
-                                    const struct record_form &form)
+__device__ __forceinline__ void pack_integer_scales(const struct pack_args &args,
+                                                    const struct pack_place &place,
+                                                    const struct record_form &form)
 {
     uint32_t groups = form.per_16 ? 16 : 8, group = CUDA_K_BLOCK / groups, bias = form.per_16 ? 128 : 0;
     for (uint32_t i = threadIdx.x; i < 16 * groups; i += blockDim.x) {
@@ -223,8 +229,8 @@ __device__ void pack_integer_scales(const struct pack_args &args, const struct p
 }
 
 // Scales (and what to add, in the units of the sums over 64) as halves, over the row's factor.
-__device__ void pack_half_scales(const struct pack_args &args, const struct pack_place &place,
-                                 const struct record_form &form)
+__device__ __forceinline__ void pack_half_scales(const struct pack_args &args, const struct pack_place &place,
+                                                 const struct record_form &form)
 {
     struct source_form source = source_form_of(args.type);
     for (uint32_t i = threadIdx.x; i < 128; i += blockDim.x) {
@@ -244,32 +250,69 @@ __device__ void pack_half_scales(const struct pack_args &args, const struct pack
     }
 }
 
-// One block of threads a record.
-__global__ void pack_kernel(struct pack_args args, int layout)
+// One block of threads a record. The type is a constant of the instance, so that nothing is looked up and
+// nothing divided for each weight.
+template <uint32_t TYPE, int LAYOUT> __global__ void pack_kernel(struct pack_args given)
 {
     cuda_wait();
-    struct record_form form = record_form_of(layout);
+    constexpr struct record_form form = record_form_of(LAYOUT);
+    struct pack_args args = given;
+    args.type = TYPE;
     struct pack_place place;
     place.tile = args.first_row / CUDA_TILE_ROWS + blockIdx.y;
     place.k_block = blockIdx.x;
     place.record =
         args.records + record_index(place.tile, place.k_block, args.tiles, args.k_blocks) * form.bytes;
-    if (layout == RECORD_HALVES) {
+    if constexpr (LAYOUT == RECORD_HALVES) {
         pack_halves(args, place);
-        return;
+    } else {
+        if constexpr (LAYOUT == RECORD_SCALED_8)
+            pack_bytes(args, place);
+        else
+            pack_nibbles(args, place);
+        if constexpr (LAYOUT == RECORD_FIVES || LAYOUT == RECORD_SCALED_5)
+            pack_fifth_bits(args, place, form.plane);
+        if constexpr (LAYOUT == RECORD_SIXES)
+            pack_high_pairs(args, place, form.plane);
+        if constexpr (form.integer_scales)
+            pack_integer_scales(args, place, form);
+        else
+            pack_half_scales(args, place, form);
     }
-    if (layout == RECORD_SCALED_8)
-        pack_bytes(args, place);
-    else
-        pack_nibbles(args, place);
-    if (layout == RECORD_FIVES || layout == RECORD_SCALED_5)
-        pack_fifth_bits(args, place, form.plane);
-    if (layout == RECORD_SIXES)
-        pack_high_pairs(args, place, form.plane);
-    if (form.integer_scales)
-        pack_integer_scales(args, place, form);
-    else
-        pack_half_scales(args, place, form);
+}
+
+typedef void packer(struct pack_args);
+
+static packer *packer_of(uint32_t type)
+{
+    switch (type) {
+    case TENSOR_Q4_0:
+        return pack_kernel<TENSOR_Q4_0, RECORD_SCALED_4>;
+    case TENSOR_Q4_1:
+        return pack_kernel<TENSOR_Q4_1, RECORD_SCALED_4>;
+    case TENSOR_Q5_0:
+        return pack_kernel<TENSOR_Q5_0, RECORD_SCALED_5>;
+    case TENSOR_Q5_1:
+        return pack_kernel<TENSOR_Q5_1, RECORD_SCALED_5>;
+    case TENSOR_Q8_0:
+        return pack_kernel<TENSOR_Q8_0, RECORD_SCALED_8>;
+    case TENSOR_Q2_K:
+        return pack_kernel<TENSOR_Q2_K, RECORD_NIBBLES_16>;
+    case TENSOR_Q3_K:
+        return pack_kernel<TENSOR_Q3_K, RECORD_NIBBLES_16>;
+    case TENSOR_Q4_K:
+        return pack_kernel<TENSOR_Q4_K, RECORD_NIBBLES>;
+    case TENSOR_Q5_K:
+        return pack_kernel<TENSOR_Q5_K, RECORD_FIVES>;
+    case TENSOR_Q6_K:
+        return pack_kernel<TENSOR_Q6_K, RECORD_SIXES>;
+    case TENSOR_F32:
+        return pack_kernel<TENSOR_F32, RECORD_HALVES>;
+    case TENSOR_F16:
+        return pack_kernel<TENSOR_F16, RECORD_HALVES>;
+    default:
+        return pack_kernel<TENSOR_BF16, RECORD_HALVES>;
+    }
 }
 
 // --- the op ---
@@ -288,10 +331,10 @@ static struct pack_args pack_args_of(const struct matrix *matrix)
     return args;
 }
 
-static void pack_piece(struct cuda_device *device, struct pack_args *args, int layout)
+static void pack_piece(struct cuda_device *device, struct pack_args *args)
 {
     uint32_t tiles = tiles_of(args->n_rows);
-    if (record_form_of(layout).row_factor)
+    if (record_form_of(record_layout_of(args->type)).row_factor)
         cuda_launch(device, "packing", row_factor_kernel, tiles * CUDA_TILE_ROWS, 128, 0, *args);
     for (uint32_t first = 0; first < tiles; first += 32768) { // a grid's y is bounded
         uint32_t count = tiles - first < 32768 ? tiles - first : 32768;
@@ -299,7 +342,7 @@ static void pack_piece(struct cuda_device *device, struct pack_args *args, int l
         part.source += (size_t)first * CUDA_TILE_ROWS * args->row_bytes;
         part.first_row += first * CUDA_TILE_ROWS;
         part.n_rows -= first * CUDA_TILE_ROWS;
-        cuda_launch(device, "packing", pack_kernel, dim3(args->k_blocks, count), 256, 0, part, layout);
+        cuda_launch(device, "packing", packer_of(args->type), dim3(args->k_blocks, count), 256, 0, part);
     }
 }
 
@@ -319,7 +362,7 @@ extern "C" void cuda_pack_rows(struct cuda_device *device, const struct matrix *
     args.source = (const uint8_t *)staged;
     args.first_row = first;
     args.n_rows = count;
-    pack_piece(device, &args, record_layout_of(matrix->type));
+    pack_piece(device, &args);
 }
 
 extern "C" int cuda_matrix_pack(struct device *base, const struct matrix *matrix, const void *source,
