@@ -48,6 +48,7 @@ static struct product_args group_args(const struct activation *x, uint32_t first
     struct product_args args = {};
     args.k_blocks = view.k_blocks;
     args.chunks = chunks;
+    args.chunk_shift = (uint32_t)__builtin_ctz(chunks);
     args.columns = columns;
     args.x = view.groups + first_column / CUDA_GROUP_ROWS * activation_group_bytes(x->width);
     args.unit = x->unit == 0 ? 1 : x->unit;

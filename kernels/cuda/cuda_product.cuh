@@ -34,6 +34,7 @@ struct product_norm {
 struct product_args { // up to 64 columns; all parts have the same width
     struct product_part parts[PRODUCT_PARTS];
     uint32_t n_parts, tiles, k_blocks, chunks;
+    uint32_t chunk_shift; // chunks = 1 << chunk_shift: kernels that last microseconds divide by nothing else
     uint32_t columns;
     const unsigned char *x; // group of an activation: [k_blocks][64][576]
     float unit;
@@ -54,7 +55,7 @@ __device__ __forceinline__ const struct product_part &product_part_of(const stru
 
 __device__ __forceinline__ uint32_t product_chunk_begin(const struct product_args &args, uint32_t chunk)
 {
-    return chunk * args.k_blocks / args.chunks;
+    return chunk * args.k_blocks >> args.chunk_shift;
 }
 
 // What a sum over K makes of row `row` of the part.

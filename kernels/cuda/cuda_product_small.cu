@@ -11,12 +11,13 @@
 #include "kernels/cuda/cuda_product.cuh"
 #include "kernels/cuda/cuda_rows.cuh"
 
-enum { SMALL_COLUMNS = 8, NORMED_COLUMNS = 4, MAX_WARPS = 28, PAIRED_WARPS = 16, MAX_SLOTS_A_WARP = 8 };
+enum { SMALL_COLUMNS = 8, NORMED_COLUMNS = 2, MAX_WARPS = 28, PAIRED_WARPS = 16, MAX_SLOTS_A_WARP = 8 };
 
 struct small_shape {
     uint32_t slots, slot_bytes; // of a warp's ring
-    uint32_t tiles_a_pass;
-    uint32_t legs; // parts whose tiles a warp takes in turn: 2 for gated products, else 1
+    uint32_t tiles_a_pass, tiles_a_block,
+        more_tiles; // a block has tiles_a_block, the first more_tiles one more
+    uint32_t legs;  // parts whose tiles a warp takes in turn: 2 for gated products, else 1
 };
 
 // The records of a warp, in order: passes of tiles, in each one run of K of one tile (of each leg).
@@ -36,10 +37,10 @@ template <int A, int B>
 __device__ __forceinline__ void walk_enter(struct record_walk &walk, const struct product_args &args,
                                            const struct small_shape &shape, uint32_t warp)
 {
-    uint32_t ordinal = walk.pass * shape.tiles_a_pass + warp / args.chunks;
-    uint32_t tile = blockIdx.x + ordinal * gridDim.x, chunk = warp % args.chunks;
+    uint32_t in_pass = warp >> args.chunk_shift, chunk = warp & (args.chunks - 1);
+    uint32_t tile = blockIdx.x + (walk.pass * shape.tiles_a_pass + in_pass) * gridDim.x;
     walk.k_block = walk.k_end = 0;
-    if (warp >= shape.tiles_a_pass * args.chunks || tile >= args.tiles)
+    if (in_pass >= shape.tiles_a_pass || tile >= args.tiles)
         return;
     const struct product_part &part = shape.legs == 2 ? args.parts[walk.leg] : product_part_of(args, tile);
     uint32_t in_part = shape.legs == 2 ? tile : tile - part.first_tile;
@@ -100,8 +101,8 @@ __device__ __forceinline__ void norm_load(const struct product_args &args, struc
                                           uint32_t i)
 {
     uint32_t width = args.norm.width;
-    piece.column = i / args.k_blocks;
-    piece.k_block = i % args.k_blocks;
+    piece.column = args.columns == 1 ? 0 : i / args.k_blocks;
+    piece.k_block = i - piece.column * args.k_blocks;
     uint32_t k = piece.k_block * CUDA_K_BLOCK + threadIdx.x % 32 * 8;
     row_load8(args.norm.x + (size_t)piece.column * width, k, width, piece.values);
     row_load8(args.norm.weight, k, width, piece.factors);
@@ -165,7 +166,7 @@ __device__ __forceinline__ float sum_runs(const struct product_args &args, const
                                           uint32_t row)
 {
     uint32_t step = shape.legs * args.columns * 16;
-    const float *from = sums + (size_t)slot * args.chunks * step + (leg * args.columns + column) * 16 + row;
+    const float *from = sums + (slot << args.chunk_shift) * step + (leg * args.columns + column) * 16 + row;
     float sum = from[0];
     for (uint32_t c = 1; c < args.chunks; c++)
         sum += from[c * step];
@@ -176,10 +177,11 @@ __device__ __forceinline__ float sum_runs(const struct product_args &args, const
 __device__ __forceinline__ void finish_pass(const struct product_args &args, const struct small_shape &shape,
                                             const float *sums, uint32_t pass)
 {
-    uint32_t n = shape.tiles_a_pass * 16 * args.columns, rounds = (n + blockDim.x - 1) / blockDim.x;
-    for (uint32_t round = 0; round < rounds; round++) {
-        uint32_t i = round * blockDim.x + threadIdx.x;
-        uint32_t row = i % 16, column = i / 16 % args.columns, slot = i / 16 / args.columns;
+    uint32_t n = shape.tiles_a_pass * 16 * args.columns;
+    for (uint32_t first = 0; first < n; first += blockDim.x) {
+        uint32_t i = first + threadIdx.x, row = i % 16;
+        uint32_t slot = args.columns == 1 ? i / 16 : i / 16 / args.columns,
+                 column = i / 16 - slot * args.columns;
         uint32_t tile = blockIdx.x + (pass * shape.tiles_a_pass + slot) * gridDim.x;
         bool live = i < n && tile < args.tiles;
         if (shape.legs == 1 && live) {
@@ -239,9 +241,8 @@ __global__ void __launch_bounds__(W * 32, N)
     if (!args.norm.x)
         barrier_await(&columns_here, 0);
 
-    uint32_t slot = 0, parity = 0, tiles_here = (args.tiles + gridDim.x - 1 - blockIdx.x) / gridDim.x;
-    uint32_t passes = (tiles_here + shape.tiles_a_pass - 1) / shape.tiles_a_pass;
-    for (uint32_t pass = 0; pass < passes; pass++) {
+    uint32_t slot = 0, parity = 0, tiles_here = shape.tiles_a_block + (blockIdx.x < shape.more_tiles);
+    for (uint32_t pass = 0; pass * shape.tiles_a_pass < tiles_here; pass++) {
         float *turn = sums + (pass % 2) * pass_sums, *to = turn + warp * shape.legs * args.columns * 16;
         for (uint32_t leg = 0; leg < shape.legs; leg++, to += args.columns * 16) {
             float acc[1][1][4] = {};
@@ -311,6 +312,8 @@ static bool launch(struct cuda_device *device, const struct product_args &args, 
     struct small_shape shape = {};
     shape.legs = args.gated.groups ? 2 : 1;
     shape.tiles_a_pass = warps / args.chunks;
+    shape.tiles_a_block = args.tiles / blocks;
+    shape.more_tiles = args.tiles % blocks;
     shape.slot_bytes =
         record_form_of(A).bytes > record_form_of(B).bytes ? record_form_of(A).bytes : record_form_of(B).bytes;
     size_t x = (size_t)args.k_blocks * args.columns * CUDA_BLOCK_BYTES;

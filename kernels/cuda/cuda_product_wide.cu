@@ -8,6 +8,7 @@
 // to blocks of one cluster, whose sums meet in distributed shared memory, each block adding up an equal share
 // of the rows. The columns are padded to 8, 16, 32 or 64.
 #include <cooperative_groups.h>
+#include <stdlib.h>
 
 #include "kernels/cuda/cuda_product.cuh"
 
@@ -324,8 +325,20 @@ template <int L> static void launch_columns(struct cuda_device *device, const st
         launch<L, 2, 1, 1>(device, args);
     else if (args.columns <= 32)
         launch<L, 4, 1, 1>(device, args);
-    else
+    else {
+        static int mode = -1;
+        if (mode < 0)
+            mode = getenv("STRATA_W") ? atoi(getenv("STRATA_W")) : 0;
+        if constexpr (L == RECORD_NIBBLES) {
+            if (mode == 1)
+                return launch<L, 8, 1, 1>(device, args);
+            if (mode == 2)
+                return launch<L, 8, 2, 1>(device, args);
+            if (mode == 3)
+                return launch<L, 4, 1, 2>(device, args);
+        }
         launch<L, 4, 2, 2>(device, args);
+    }
 }
 
 void product_wide(struct cuda_device *device, const struct product_args &args, int layout)
