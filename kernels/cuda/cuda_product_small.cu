@@ -7,11 +7,10 @@
 // kernel and its wait. Where a tile has several runs their sums meet in shared memory. Gated products
 // (silu(gate) up) take a tile of both matrices in turn and leave the activation for the next product. The
 // number of warps is chosen so that the last round is as full as the others.
-#include <stdlib.h>
 #include "kernels/cuda/cuda_product.cuh"
 #include "kernels/cuda/cuda_rows.cuh"
 
-enum { SMALL_COLUMNS = 8, NORMED_COLUMNS = 2, MAX_WARPS = 28, PAIRED_WARPS = 16, MAX_SLOTS_A_WARP = 8 };
+enum { SMALL_COLUMNS = 8, NORMED_COLUMNS = 1, MAX_WARPS = 28, MAX_SLOTS_A_WARP = 8 };
 
 struct small_shape {
     uint32_t slots, slot_bytes; // of a warp's ring
@@ -201,13 +200,12 @@ __device__ __forceinline__ void finish_pass(const struct product_args &args, con
     }
 }
 
-// Blocks of up to W warps, N of them on an SM.
-template <int A, int B, int W, int N>
-__global__ void __launch_bounds__(W * 32, N)
+template <int A, int B>
+__global__ void __launch_bounds__(MAX_WARPS * 32, 1)
     product_small_kernel(const __grid_constant__ struct product_args args, struct small_shape shape)
 {
     extern __shared__ __align__(128) unsigned char shared[];
-    __shared__ __align__(8) barrier_t filled[W * MAX_SLOTS_A_WARP], columns_here;
+    __shared__ __align__(8) barrier_t filled[MAX_WARPS * MAX_SLOTS_A_WARP], columns_here;
     uint32_t warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, slots = shape.slots;
     unsigned char *ring = shared + (size_t)warp * slots * shape.slot_bytes;
     unsigned char *x = shared + (size_t)warps * slots * shape.slot_bytes;
@@ -245,16 +243,14 @@ __global__ void __launch_bounds__(W * 32, N)
     for (uint32_t pass = 0; pass * shape.tiles_a_pass < tiles_here; pass++) {
         float *turn = sums + (pass % 2) * pass_sums, *to = turn + warp * shape.legs * args.columns * 16;
         for (uint32_t leg = 0; leg < shape.legs; leg++, to += args.columns * 16) {
-            float acc[1][1][4] = {};
+            float acc[1][4] = {};
             while (here.k_block < here.k_end && here.pass == pass && here.leg == leg) {
                 const unsigned char *columns = x + (size_t)here.k_block * args.columns * CUDA_BLOCK_BYTES;
                 barrier_await(ready + slot, parity);
                 if (A == B || here.layout == 0)
-                    record_multiply<A, 1, 1>(ring + slot * shape.slot_bytes, columns, args.columns, lane,
-                                             acc);
+                    record_multiply<A, 1>(ring + slot * shape.slot_bytes, columns, args.columns, lane, acc);
                 else
-                    record_multiply<B, 1, 1>(ring + slot * shape.slot_bytes, columns, args.columns, lane,
-                                             acc);
+                    record_multiply<B, 1>(ring + slot * shape.slot_bytes, columns, args.columns, lane, acc);
                 __syncwarp();
                 if (ahead.k_block < ahead.k_end) {
                     if (lane == 0)
@@ -269,7 +265,7 @@ __global__ void __launch_bounds__(W * 32, N)
             for (uint32_t i = 0; i < 4; i++) {
                 uint32_t column = 2 * (lane % 4) + i % 2;
                 if (column < args.columns)
-                    to[column * 16 + lane / 4 + i / 2 * 8] = acc[0][0][i];
+                    to[column * 16 + lane / 4 + i / 2 * 8] = acc[0][i];
             }
         }
         __syncthreads();
@@ -290,25 +286,25 @@ static double share_of(uint32_t tiles, uint32_t chunks, uint32_t warps)
     return (double)tiles / (passes * tiles_a_pass) * (warps < 14 ? warps / 14.0 : 1);
 }
 
-static uint32_t choose_warps(const struct product_args &args, uint32_t blocks, uint32_t most, double *share)
+static uint32_t choose_warps(const struct product_args &args, uint32_t blocks)
 {
     uint32_t tiles = (args.tiles + blocks - 1) / blocks, best = 8;
-    *share = share_of(tiles, args.chunks, best);
-    for (uint32_t warps = 12; warps <= most; warps += 4) {
+    double share = share_of(tiles, args.chunks, best);
+    for (uint32_t warps = 12; warps <= MAX_WARPS; warps += 4) {
         double one = share_of(tiles, args.chunks, warps);
-        if (one > *share + 0.02 || (one > *share - 0.02 && warps <= 20)) {
+        if (one > share + 0.02 || (one > share - 0.02 && warps <= 20)) {
             best = warps;
-            *share = one > *share ? one : *share;
+            share = one > share ? one : share;
         }
     }
     return best;
 }
 
-// False when the columns and two records a warp do not fit `room` bytes of shared memory.
-template <int A, int B, int W, int N>
-static bool launch(struct cuda_device *device, const struct product_args &args, uint32_t blocks,
-                   uint32_t warps, size_t room)
+// False when the columns and two records a warp do not fit shared memory.
+template <int A, int B> static bool launch(struct cuda_device *device, const struct product_args &args)
 {
+    uint32_t blocks = args.tiles < (uint32_t)device->sms ? args.tiles : (uint32_t)device->sms;
+    uint32_t warps = choose_warps(args, blocks);
     struct small_shape shape = {};
     shape.legs = args.gated.groups ? 2 : 1;
     shape.tiles_a_pass = warps / args.chunks;
@@ -320,7 +316,8 @@ static bool launch(struct cuda_device *device, const struct product_args &args, 
     size_t sums = (size_t)2 * warps * shape.legs * args.columns * 16 * sizeof(float);
     size_t squares = args.norm.x ? args.k_blocks * args.columns * sizeof(float) : 0;
     sums = sums > squares ? sums : squares;
-    room -= W * MAX_SLOTS_A_WARP * sizeof(barrier_t) + 1024 + 128; // the barriers, and what the system takes
+    size_t room =
+        device->shared_limit - MAX_WARPS * MAX_SLOTS_A_WARP * sizeof(barrier_t) - 128; // for barriers
     if (x + sums + (size_t)warps * 2 * shape.slot_bytes > room)
         return false;
     uint32_t slots = (uint32_t)((room - x - sums) / (warps * shape.slot_bytes));
@@ -328,48 +325,33 @@ static bool launch(struct cuda_device *device, const struct product_args &args, 
     static bool prepared;
     if (!prepared)
         prepared = !cuda_failed(device,
-                                cudaFuncSetAttribute(product_small_kernel<A, B, W, N>,
+                                cudaFuncSetAttribute(product_small_kernel<A, B>,
                                                      cudaFuncAttributeMaxDynamicSharedMemorySize, (int)room),
                                 "preparing a product");
-    cuda_launch(device, "product", product_small_kernel<A, B, W, N>, blocks, warps * 32,
+    cuda_launch(device, "product", product_small_kernel<A, B>, blocks, warps * 32,
                 (size_t)warps * shape.slots * shape.slot_bytes + x + sums, args, shape);
     return true;
 }
 
-template <int A, int B> static bool choose(struct cuda_device *device, const struct product_args &args)
+template <int L> static bool launch_one(struct cuda_device *device, const struct product_args &args)
 {
-    uint32_t blocks = args.tiles < (uint32_t)device->sms ? args.tiles : (uint32_t)device->sms;
-    double paired_share, alone_share;
-    uint32_t paired = choose_warps(args, blocks, PAIRED_WARPS, &paired_share);
-    uint32_t alone = choose_warps(args, blocks, MAX_WARPS, &alone_share);
-    static int mode = -1;
-    if (mode < 0)
-        mode = getenv("STRATA_X") ? atoi(getenv("STRATA_X")) : 0;
-    if (mode == 1 && paired_share > alone_share - 0.2 &&
-        launch<A, B, PAIRED_WARPS, 2>(device, args, blocks, paired, (device->shared_limit + 1024) / 2))
-        return true;
-    return launch<A, B, MAX_WARPS, 1>(device, args, blocks, alone, device->shared_limit + 1024);
-}
-
-template <int L> static bool choose_one(struct cuda_device *device, const struct product_args &args)
-{
-    return choose<L, L>(device, args);
+    return launch<L, L>(device, args);
 }
 
 bool product_small(struct cuda_device *device, const struct product_args &args, int layout, int other)
 {
     static bool (*const LAUNCH[RECORD_LAYOUTS])(struct cuda_device *, const struct product_args &) = {
-        choose_one<RECORD_NIBBLES>,  choose_one<RECORD_NIBBLES_16>, choose_one<RECORD_FIVES>,
-        choose_one<RECORD_SIXES>,    choose_one<RECORD_SCALED_4>,   choose_one<RECORD_SCALED_5>,
-        choose_one<RECORD_SCALED_8>, choose_one<RECORD_HALVES>,
+        launch_one<RECORD_NIBBLES>,  launch_one<RECORD_NIBBLES_16>, launch_one<RECORD_FIVES>,
+        launch_one<RECORD_SIXES>,    launch_one<RECORD_SCALED_4>,   launch_one<RECORD_SCALED_5>,
+        launch_one<RECORD_SCALED_8>, launch_one<RECORD_HALVES>,
     };
     if (args.columns > (args.norm.x ? NORMED_COLUMNS : SMALL_COLUMNS))
         return false;
     if (other == layout)
         return LAUNCH[layout](device, args);
     if (layout == RECORD_NIBBLES && other == RECORD_SIXES) // the mixes of Q4_K_M and Q5_K_M
-        return choose<RECORD_NIBBLES, RECORD_SIXES>(device, args);
+        return launch<RECORD_NIBBLES, RECORD_SIXES>(device, args);
     if (layout == RECORD_FIVES && other == RECORD_SIXES)
-        return choose<RECORD_FIVES, RECORD_SIXES>(device, args);
+        return launch<RECORD_FIVES, RECORD_SIXES>(device, args);
     return false;
 }

@@ -1,14 +1,13 @@
 // Products with up to 64 columns: continuous batching's decode steps.
 //
-// A block takes some tiles and one run of K. A ring of stages in shared memory holds the tiles' records of a
-// K block and the activations of all columns of that block, used by all warps; the first warp fills a stage
-// again when all have left it, one stage late, so that it rarely waits. A warp takes one tile; with many
-// columns two, and half of the columns: reading the columns from shared memory would else cost more than the
-// products. Sixteen warps, because with less the latency of the tensor cores shows. The runs of a tile belong
-// to blocks of one cluster, whose sums meet in distributed shared memory, each block adding up an equal share
-// of the rows. The columns are padded to 8, 16, 32 or 64.
+// A block takes up to 16 tiles, one a warp, and one run of K. A ring of stages in shared memory holds the
+// tiles' records of a K block and the activations of all columns of that block, used by all warps; the first
+// warp fills a stage again when all have left it, one stage late, so that it rarely waits. (A warp of its own
+// for that would cost the others a quarter of their registers.) The runs of a tile belong to blocks of one
+// cluster, whose sums meet in distributed shared memory, each block adding up an equal share of the rows. The
+// columns are padded to 8, 16, 32 or
+// 64. What was tried besides: kernels/lab/cuda_decode.md.
 #include <cooperative_groups.h>
-#include <stdlib.h>
 
 #include "kernels/cuda/cuda_product.cuh"
 
@@ -114,32 +113,21 @@ __device__ __forceinline__ void refill(const struct product_args &args, const st
     copy_records<L>(args, place, k, to, filled + stage, threadIdx.x);
 }
 
-// The part of the block's sums that a warp holds: tiles [tile, tile + R), columns [column, column + 8 NT).
-struct wide_share {
-    uint32_t tile, column;
-};
-
 // The sums of a cluster's blocks, added in the order of their runs: every block does a share of the rows.
-template <int NT, int R>
+template <int NT>
 __device__ void reduce_cluster(const struct product_args &args, const struct wide_shape &shape,
-                               const struct wide_place &place, const struct wide_share &mine,
-                               const float (*acc)[NT][4])
+                               const struct wide_place &place, const float (*acc)[4])
 {
     extern __shared__ __align__(128) unsigned char shared[];
     cg::cluster_group cluster = cg::this_cluster();
-    uint32_t lane = threadIdx.x % 32, rows = shape.tiles * CUDA_TILE_ROWS, stride = rows + 4;
+    uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    uint32_t rows = shape.tiles * CUDA_TILE_ROWS, stride = rows + 4;
     float *sums = (float *)shared;
     __syncthreads(); // the ring is not read any more
 #pragma unroll
-    for (int r = 0; r < R; r++) {
-#pragma unroll
-        for (int n = 0; n < NT; n++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                sums[(mine.column + 8 * n + 2 * (lane % 4) + i % 2) * stride +
-                     (mine.tile + r) * CUDA_TILE_ROWS + lane / 4 + i / 2 * 8] = acc[r][n][i];
-        }
-    }
+    for (int i = 0; i < 4 * NT; i++)
+        sums[(i / 4 * 8 + 2 * (lane % 4) + i % 2) * stride + warp * CUDA_TILE_ROWS + lane / 4 +
+             i % 4 / 2 * 8] = acc[i / 4][i % 4];
     cluster.sync();
     uint32_t share = rows / args.chunks, first = cluster.block_rank() * share;
     const float *others[PRODUCT_CHUNKS];
@@ -163,42 +151,19 @@ __device__ void reduce_cluster(const struct product_args &args, const struct wid
     cluster.sync(); // nobody leaves while others read
 }
 
-template <int NT, int R>
-__device__ __forceinline__ void store_share(const struct product_args &args, const struct wide_place &place,
-                                            const struct wide_share &mine, const float (*acc)[NT][4])
-{
-    uint32_t lane = threadIdx.x % 32;
-#pragma unroll
-    for (int r = 0; r < R; r++) {
-#pragma unroll
-        for (int n = 0; n < NT; n++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                if (mine.tile + r < place.n_tiles)
-                    product_store(args, args.parts[place.part],
-                                  (place.tile + mine.tile + r) * CUDA_TILE_ROWS + lane / 4 + i / 2 * 8,
-                                  mine.column + 8 * n + 2 * (lane % 4) + i % 2, acc[r][n][i]);
-            }
-        }
-    }
-}
-
-// A warp has R tiles and one of C groups of 8 NT columns.
-template <int L, int NT, int R, int C>
-__global__ void __launch_bounds__(WIDE_TILES / R * C * 32, 1)
+template <int L, int NT>
+__global__ void __launch_bounds__(WIDE_TILES * 32, 1)
     product_wide_kernel(const __grid_constant__ struct product_args args, struct wide_shape shape)
 {
     extern __shared__ __align__(128) unsigned char shared[];
     __shared__ __align__(8) barrier_t filled[WIDE_STAGES], drained[WIDE_STAGES];
     uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     struct wide_place place = place_of(args, shape);
-    struct wide_share mine = {warp / C * R, warp % C * 8 * NT};
     uint32_t begin = product_chunk_begin(args, place.chunk);
     uint32_t blocks = product_chunk_begin(args, place.chunk + 1) - begin;
     uint32_t ahead = min(blocks, shape.stages); // K blocks whose copies have begun
-    uint32_t count = args.columns > mine.column ? args.columns - mine.column : 1;
     fill_ring<L>(args, shape, place, begin, ahead, filled, drained);
-    float acc[R][NT][4] = {};
+    float acc[NT][4] = {};
     for (uint32_t k = 0, stage = 0, parity = 0; k < blocks; k++) {
         const unsigned char *from = shared + stage * shape.stage_bytes;
         if (warp == 0 && k > 0 && ahead < blocks) { // the stage before is free, or soon
@@ -208,20 +173,26 @@ __global__ void __launch_bounds__(WIDE_TILES / R * C * 32, 1)
         }
         __syncwarp();
         barrier_await(filled + stage, parity);
-        if (mine.tile < place.n_tiles) // a last tile without its pair multiplies what lies there, for nobody
-            record_multiply<L, NT, R>(from + mine.tile * record_form_of(L).bytes,
-                                      from + shape.columns_at + mine.column * CUDA_BLOCK_BYTES, count, lane,
-                                      acc);
+        if (warp < place.n_tiles)
+            record_multiply<L, NT>(from + warp * record_form_of(L).bytes, from + shape.columns_at,
+                                   args.columns, lane, acc);
         __syncwarp();
         if (lane == 0)
             barrier_arrive(drained + stage);
         if (++stage == shape.stages)
             stage = 0, parity ^= 1;
     }
-    if (args.chunks > 1)
-        reduce_cluster<NT, R>(args, shape, place, mine, acc);
-    else
-        store_share<NT, R>(args, place, mine, acc);
+    if (args.chunks > 1) {
+        reduce_cluster<NT>(args, shape, place, acc);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 4 * NT; i++) {
+        if (warp < place.n_tiles)
+            product_store(args, args.parts[place.part],
+                          (place.tile + warp) * CUDA_TILE_ROWS + lane / 4 + i % 4 / 2 * 8,
+                          i / 4 * 8 + 2 * (lane % 4) + i % 2, acc[i / 4][i % 4]);
+    }
 }
 
 // --- launching ---
@@ -270,11 +241,11 @@ static uint32_t choose_tiles(const struct product_args &args, uint32_t places, u
 
 // How many blocks of this kernel the GPU holds at once: whole clusters, so fewer than SMs. Asked once a
 // number of runs; 0 after a fault.
-template <int L, int NT, int R, int C>
+template <int L, int NT>
 static uint32_t places_of(struct cuda_device *device, const struct product_args &args, size_t room)
 {
     static uint32_t known[PRODUCT_CHUNKS + 1];
-    void (*const kernel)(const struct product_args, struct wide_shape) = product_wide_kernel<L, NT, R, C>;
+    void (*const kernel)(const struct product_args, struct wide_shape) = product_wide_kernel<L, NT>;
     if (known[args.chunks] > 0)
         return known[args.chunks];
     cudaLaunchAttribute attributes[2] = {};
@@ -291,13 +262,12 @@ static uint32_t places_of(struct cuda_device *device, const struct product_args 
     return known[args.chunks];
 }
 
-template <int L, int NT, int R, int C>
-static void launch(struct cuda_device *device, const struct product_args &args)
+template <int L, int NT> static void launch(struct cuda_device *device, const struct product_args &args)
 {
     constexpr uint32_t BYTES = record_form_of(L).bytes;
     size_t room = device->shared_limit - 1024, columns = (size_t)args.columns * CUDA_BLOCK_BYTES;
     uint32_t most = (uint32_t)((room / 2 - columns - 128) / BYTES); // two stages at least
-    uint32_t places = places_of<L, NT, R, C>(device, args, room);
+    uint32_t places = places_of<L, NT>(device, args, room);
     struct wide_shape shape = {};
     if (places == 0)
         return;
@@ -306,39 +276,24 @@ static void launch(struct cuda_device *device, const struct product_args &args)
     shape.stage_bytes = (uint32_t)((shape.columns_at + columns + 127) / 128 * 128);
     shape.stages = (uint32_t)(room / shape.stage_bytes);
     shape.stages = shape.stages < WIDE_STAGES ? shape.stages : (uint32_t)WIDE_STAGES;
-    size_t sums =
-        args.chunks > 1 ? (size_t)8 * NT * C * (shape.tiles * CUDA_TILE_ROWS + 4) * sizeof(float) : 0;
+    size_t sums = args.chunks > 1 ? (size_t)8 * NT * (shape.tiles * CUDA_TILE_ROWS + 4) * sizeof(float) : 0;
     size_t shared = (size_t)shape.stages * shape.stage_bytes;
     cudaLaunchAttribute attributes[2] = {};
-    cudaLaunchConfig_t config =
-        config_of(device, args, blocks_of(args, shape.tiles), shape.tiles / R * C * 32,
-                  sums > shared ? sums : shared, attributes);
-    cuda_failed(device, cudaLaunchKernelEx(&config, product_wide_kernel<L, NT, R, C>, args, shape),
-                "wide product");
+    cudaLaunchConfig_t config = config_of(device, args, blocks_of(args, shape.tiles), shape.tiles * 32,
+                                          sums > shared ? sums : shared, attributes);
+    cuda_failed(device, cudaLaunchKernelEx(&config, product_wide_kernel<L, NT>, args, shape), "wide product");
 }
 
 template <int L> static void launch_columns(struct cuda_device *device, const struct product_args &args)
 {
     if (args.columns <= 8)
-        launch<L, 1, 1, 1>(device, args);
+        launch<L, 1>(device, args);
     else if (args.columns <= 16)
-        launch<L, 2, 1, 1>(device, args);
+        launch<L, 2>(device, args);
     else if (args.columns <= 32)
-        launch<L, 4, 1, 1>(device, args);
-    else {
-        static int mode = -1;
-        if (mode < 0)
-            mode = getenv("STRATA_W") ? atoi(getenv("STRATA_W")) : 0;
-        if constexpr (L == RECORD_NIBBLES) {
-            if (mode == 1)
-                return launch<L, 8, 1, 1>(device, args);
-            if (mode == 2)
-                return launch<L, 8, 2, 1>(device, args);
-            if (mode == 3)
-                return launch<L, 4, 1, 2>(device, args);
-        }
-        launch<L, 4, 2, 2>(device, args);
-    }
+        launch<L, 4>(device, args);
+    else
+        launch<L, 8>(device, args);
 }
 
 void product_wide(struct cuda_device *device, const struct product_args &args, int layout)

@@ -282,117 +282,106 @@ __device__ __forceinline__ uint2 record_mins(const unsigned char *record, const 
     }
 }
 
-// --- records times 8 NT columns ---
+// --- a record times 8 NT columns ---
 
-// acc[r][n][i] += the product of record r (at `record`, records[r] = record + r x its bytes) with K block `x`
-// of columns 8 n + (0..7): element (row g + 8 (i / 2), column 2 t + i % 2) of its tile. R tiles share what is
-// read of the columns. x: records of an activation, 576 bytes a column; columns from `count` on repeat the
-// last one. Every column sees the same operations in the same order, whatever NT and R are and whatever
-// stands beside it.
-template <int L, int NT, int R>
-__device__ __forceinline__ void record_multiply(const unsigned char *record, const unsigned char *x,
-                                                uint32_t count, int lane, float (*acc)[NT][4])
+// acc[n][i], n < NT: element (row g + 8 (i / 2), column 8 n + 2 t + i % 2) of a tile times columns.
+
+// The columns as a lane reads them: its column of each eight, at its 16 bytes of a K group. Those from
+// `count` on repeat the last one: what comes of them is nobody's.
+template <int NT>
+__device__ __forceinline__ void record_columns(const unsigned char *x, uint32_t count, int lane,
+                                               const unsigned char **columns)
+{
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+        uint32_t column = 8 * n + (lane >> 2);
+        columns[n] = x + (column < count ? column : count - 1) * CUDA_BLOCK_BYTES + (lane & 3) * 16;
+    }
+}
+
+// sums += the products of K groups [first, first + 4).
+template <int L, int NT>
+__device__ __forceinline__ void
+record_multiply_half(const unsigned char *record, const struct record_row *rows,
+                     const unsigned char *const *columns, int first, int lane, float (*sums)[4])
+{
+    constexpr int AT_ONCE = NT < 4 ? NT : 4; // products that do not wait for one another stand together
+#pragma unroll
+    for (int j = first; j < first + 4; j++) {
+        unsigned a[8];
+        record_group<L>(record, rows, j, lane, a);
+#pragma unroll
+        for (int n = 0; n < NT; n += AT_ONCE) {
+            uint4 b[AT_ONCE];
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++)
+                b[i] = *(const uint4 *)(columns[n + i] + j * 64);
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++)
+                multiply_add(sums[n + i], a[0], a[1], a[2], a[3], b[i].x, b[i].y);
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++)
+                multiply_add(sums[n + i], a[4], a[5], a[6], a[7], b[i].z, b[i].w);
+        }
+    }
+}
+
+// Minimums times the sums of 16 activations: subtracted times dmin, or, without integer scales, added as they
+// are.
+template <int L, int NT>
+__device__ __forceinline__ void
+record_multiply_mins(const unsigned char *record, const struct record_row *rows,
+                     const unsigned char *const *columns, const float2 *factors, int lane, float (*acc)[4])
 {
     constexpr struct record_form form = record_form_of(L);
     int g = lane >> 2, t = lane & 3;
-    struct record_row rows[R][2];
-#pragma unroll
-    for (int r = 0; r < R; r++) {
-        rows[r][0] = record_read_row<L>(record + r * form.bytes, g);
-        rows[r][1] = record_read_row<L>(record + r * form.bytes, g + 8);
-    }
-    const unsigned char *columns[NT];
+    uint2 upper = record_mins<L>(record, rows[0], g, t), lower = record_mins<L>(record, rows[1], g + 8, t);
 #pragma unroll
     for (int n = 0; n < NT; n++) {
-        uint32_t column = 8 * n + g;
-        columns[n] = x + (column < count ? column : count - 1) * CUDA_BLOCK_BYTES + t * 16;
+        uint4 b = *(const uint4 *)(columns[n] + 2 * CUDA_K_BLOCK);
+        float sums[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            sums[i] = form.integer_scales ? 0 : acc[n][i];
+        multiply_add(sums, upper.x, lower.x, upper.y, lower.y, b.x, b.y);
+        multiply_add(sums, upper.x, lower.x, upper.y, lower.y, b.z, b.w);
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            acc[n][i] = form.integer_scales ? fmaf(factors[i / 2].y * -64.0f, sums[i], acc[n][i]) : sums[i];
+    }
+}
+
+// acc += the record's product with K block `x` of `count` columns: records of an activation, 576 bytes each.
+// Every column sees the same operations in the same order, whatever NT is and whatever stands beside it.
+template <int L, int NT>
+__device__ __forceinline__ void record_multiply(const unsigned char *record, const unsigned char *x,
+                                                uint32_t count, int lane, float (*acc)[4])
+{
+    constexpr struct record_form form = record_form_of(L);
+    int g = lane >> 2;
+    struct record_row rows[2] = {record_read_row<L>(record, g), record_read_row<L>(record, g + 8)};
+    const unsigned char *columns[NT];
+    float2 factors[2] = {};
+    record_columns<NT>(x, count, lane, columns);
+    if constexpr (form.integer_scales) {
+        factors[0] = __half22float2(*(const __half2 *)(record + form.factors + g * 4));
+        factors[1] = __half22float2(*(const __half2 *)(record + form.factors + g * 4 + 32));
     }
 #pragma unroll
     for (int half = 0; half < 2; half++) { // 128 products each, then the factor in f32
-        float sums[R][NT][4];
+        float sums[NT][4];
 #pragma unroll
-        for (int r = 0; r < R; r++) {
+        for (int i = 0; i < 4 * NT; i++)
+            sums[i / 4][i % 4] = form.integer_scales ? 0 : acc[i / 4][i % 4];
+        record_multiply_half<L, NT>(record, rows, columns, 4 * half, lane, sums);
 #pragma unroll
-            for (int n = 0; n < NT; n++) {
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    sums[r][n][i] = form.integer_scales ? 0 : acc[r][n][i];
-            }
-        }
-#pragma unroll
-        for (int j = 4 * half; j < 4 * half + 4; j++) {
-            unsigned a[R][8];
-#pragma unroll
-            for (int r = 0; r < R; r++)
-                record_group<L>(record + r * form.bytes, rows[r], j, lane, a[r]);
-            constexpr int AT_ONCE =
-                NT < 4 ? NT : 4; // products that do not wait for one another stand together
-#pragma unroll
-            for (int first = 0; first < NT; first += AT_ONCE) {
-                uint4 b[AT_ONCE];
-#pragma unroll
-                for (int n = 0; n < AT_ONCE; n++)
-                    b[n] = *(const uint4 *)(columns[first + n] + j * 64);
-#pragma unroll
-                for (int n = 0; n < AT_ONCE; n++) {
-#pragma unroll
-                    for (int r = 0; r < R; r++)
-                        multiply_add(sums[r][first + n], a[r][0], a[r][1], a[r][2], a[r][3], b[n].x, b[n].y);
-                }
-#pragma unroll
-                for (int n = 0; n < AT_ONCE; n++) {
-#pragma unroll
-                    for (int r = 0; r < R; r++)
-                        multiply_add(sums[r][first + n], a[r][4], a[r][5], a[r][6], a[r][7], b[n].z, b[n].w);
-                }
-            }
-        }
-#pragma unroll
-        for (int r = 0; r < R; r++) {
-            float2 factors[2] = {};
-            if constexpr (form.integer_scales) {
-                const unsigned char *at = record + r * form.bytes + form.factors;
-                factors[0] = __half22float2(*(const __half2 *)(at + g * 4));
-                factors[1] = __half22float2(*(const __half2 *)(at + g * 4 + 32));
-            }
-#pragma unroll
-            for (int n = 0; n < NT; n++) {
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    acc[r][n][i] = form.integer_scales
-                                       ? fmaf(factors[i / 2].x * 524288.0f, sums[r][n][i], acc[r][n][i])
-                                       : sums[r][n][i];
-            }
-        }
+        for (int i = 0; i < 4 * NT; i++)
+            acc[i / 4][i % 4] = form.integer_scales ? fmaf(factors[i % 4 / 2].x * 524288.0f,
+                                                           sums[i / 4][i % 4], acc[i / 4][i % 4])
+                                                    : sums[i / 4][i % 4];
     }
-    if constexpr (form.has_min) {
-#pragma unroll
-        for (int r = 0; r < R; r++) {
-            const unsigned char *at = record + r * form.bytes;
-            uint2 upper = record_mins<L>(at, rows[r][0], g, t),
-                  lower = record_mins<L>(at, rows[r][1], g + 8, t);
-            float2 factors[2] = {};
-            if constexpr (form.integer_scales) {
-                factors[0] = __half22float2(*(const __half2 *)(at + form.factors + g * 4));
-                factors[1] = __half22float2(*(const __half2 *)(at + form.factors + g * 4 + 32));
-            }
-#pragma unroll
-            for (int n = 0; n < NT; n++) {
-                uint4 b = *(const uint4 *)(columns[n] + 2 * CUDA_K_BLOCK);
-                float sums[4];
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    sums[i] = form.integer_scales ? 0 : acc[r][n][i];
-                multiply_add(sums, upper.x, lower.x, upper.y, lower.y, b.x, b.y);
-                multiply_add(sums, upper.x, lower.x, upper.y, lower.y, b.z, b.w);
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    acc[r][n][i] = form.integer_scales
-                                       ? fmaf(factors[i / 2].y * -64.0f, sums[i], acc[r][n][i])
-                                       : sums[i];
-            }
-        }
-    }
+    if constexpr (form.has_min)
+        record_multiply_mins<L, NT>(record, rows, columns, factors, lane, acc);
 }
 
 #endif
