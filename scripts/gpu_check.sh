@@ -95,7 +95,9 @@ check_engine() {
     done
 }
 
+# Several workers share one GPU here, and meet over NCCL all the same: a setting for tests only.
 check_e2e() {
+    export STRATA_OVERSUBSCRIBE=1 STRATA_PYTHON="$python"
     for test in generate_test oracle_test; do
         for workers in 1 2 4; do
             run "e2e/$test, $workers workers" 400 env STRATA_TEST_WORKERS=$workers \
