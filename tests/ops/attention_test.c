@@ -81,15 +81,7 @@ static void stage_open(struct stage *stage, const struct world *world, const str
         stage->stride = pages > stage->stride ? pages : stage->stride;
     }
     uint32_t n_pages = stage->stride * shape->n_sequences + 3;
-    uint64_t order = options->page_seed;
-    uint32_t *ids = malloc(n_pages * sizeof *ids);
-    for (uint32_t i = 0; i < n_pages; i++)
-        ids[i] = i;
-    for (uint32_t i = n_pages - 1; i > 0; i--) {
-        uint32_t j = (uint32_t)(fixture_next(&order) % (i + 1)), id = ids[i];
-        ids[i] = ids[j];
-        ids[j] = id;
-    }
+    uint32_t *ids = fixture_shuffled(n_pages, options->page_seed);
     stage->tables = fixture_put(stage->device, ids, stage->stride * shape->n_sequences * sizeof *ids);
     free(ids);
     const struct kernel_ops *ops = device_ops(stage->device);

@@ -2,7 +2,7 @@
 // same for a row whatever the chunks of its prompt, the company in its batch, the page numbers, and what lies
 // in unwritten memory; and the same when a recorded step is replayed at other positions.
 //
-// Runs when STRATA_TEST_BACKEND=cuda. The layouts of pages and activations are written out here once more.
+// The layouts of pages and activations are written out here once more.
 #include "tests/ops/op_fixture.h"
 
 enum { MOST_SEQUENCES = 64 };
@@ -114,9 +114,7 @@ static void reference_head(const struct prepare_case *shape, const float *x, uin
     for (uint32_t i = 0; i < half; i++) {
         uint32_t a = shape->position == POSITION_ROPE_HALVES ? i : 2 * i;
         uint32_t b = shape->position == POSITION_ROPE_HALVES ? i + half : 2 * i + 1;
-        double angle = (double)position * frequency_of(shape, i), x0 = out[a], x1 = out[b];
-        out[a] = x0 * cos(angle) - x1 * sin(angle);
-        out[b] = x0 * sin(angle) + x1 * cos(angle);
+        fixture_rotate(&out[a], &out[b], (double)position * frequency_of(shape, i));
     }
 }
 
@@ -334,15 +332,7 @@ static void stage_open(struct stage *stage, const struct world *world, const str
                                                 shape->window, 1 / sqrtf((float)shape->head_size)};
     stage->stride = (shape->longest + KV_PAGE_POSITIONS - 1) / KV_PAGE_POSITIONS + 2;
     uint32_t n_pages = stage->stride * shape->n_sequences + 3;
-    uint64_t order = options->page_seed;
-    uint32_t *ids = malloc(n_pages * sizeof *ids);
-    for (uint32_t i = 0; i < n_pages; i++)
-        ids[i] = i;
-    for (uint32_t i = n_pages - 1; i > 0; i--) {
-        uint32_t j = (uint32_t)(fixture_next(&order) % (i + 1)), id = ids[i];
-        ids[i] = ids[j];
-        ids[j] = id;
-    }
+    uint32_t *ids = fixture_shuffled(n_pages, options->page_seed);
     stage->tables = fixture_put(stage->device, ids, stage->stride * shape->n_sequences * sizeof *ids);
     free(ids);
     stage->kv.page_bytes = stage->ops->kv_page_bytes(stage->device, shape->n_kv_heads, shape->head_size);
@@ -726,11 +716,6 @@ END_TEST
 
 Suite *make_suite(void)
 {
-    const char *backend = getenv("STRATA_TEST_BACKEND");
-    if (!backend || strcmp(backend, "cuda")) {
-        printf("STRATA_TEST_BACKEND is not cuda: skipped\n");
-        exit(77);
-    }
     const struct {
         const char *name;
         const TTest *test;

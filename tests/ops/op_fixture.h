@@ -228,6 +228,27 @@ static inline double fixture_storing(double x, double unit)
     return fixture_on_cuda() ? 0x1p-11 * fabs(x) + 0x1p-25 * unit : 0;
 }
 
+// The numbers below n in the order that `seed` stands for; the caller frees them.
+static inline uint32_t *fixture_shuffled(uint32_t n, uint64_t seed)
+{
+    uint32_t *numbers = malloc(n * sizeof *numbers);
+    for (uint32_t i = 0; i < n; i++)
+        numbers[i] = i;
+    for (uint32_t i = n - 1; i > 0; i--) {
+        uint32_t j = (uint32_t)(fixture_next(&seed) % (i + 1)), number = numbers[i];
+        numbers[i] = numbers[j];
+        numbers[j] = number;
+    }
+    return numbers;
+}
+
+static inline void fixture_rotate(double *x, double *y, double angle)
+{
+    double x0 = *x, y0 = *y;
+    *x = x0 * cos(angle) - y0 * sin(angle);
+    *y = x0 * sin(angle) + y0 * cos(angle);
+}
+
 // The half nearest to x (ties to even, at most 65504), as a number: by scaling, unlike the code under test.
 static inline double fixture_half(double x)
 {

@@ -131,9 +131,7 @@ static void reference_head(const struct prepare_case *shape, const float *x, uin
     for (uint32_t i = 0; i < half; i++) {
         uint32_t a = shape->position == POSITION_ROPE_HALVES ? i : 2 * i;
         uint32_t b = shape->position == POSITION_ROPE_HALVES ? i + half : 2 * i + 1;
-        double angle = (double)position * frequency_of(shape, i), x0 = out[a], x1 = out[b];
-        out[a] = x0 * cos(angle) - x1 * sin(angle);
-        out[b] = x0 * sin(angle) + x1 * cos(angle);
+        fixture_rotate(&out[a], &out[b], (double)position * frequency_of(shape, i));
     }
 }
 
