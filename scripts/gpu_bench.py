@@ -1,10 +1,11 @@
 #!/usr/bin/python3
 """Time `strata-worker --bench` on one GPU: models of real shapes, one stream, batches, prefill.
 
-Prints a table: tokens a second, the part of the limit that is, and the ratio to llama.cpp on the same card. The limit
-of decoding is memory: the weights once a step and the keys and values of every sequence, at 4.65 TB/s. The limit of
-prefill is arithmetic: two operations a weight and token, at 780 TFLOP/s. The models have random weights; they are made
-in --models when they are not there, and removed again when they were made here (unless --keep).
+Prints a table: tokens a second, the part of the card's limit that is, and what llama.cpp gave on an H200, with the
+ratio where this is one. The limit of decoding is memory: the weights once a step and the keys and values of every
+sequence, at the bandwidth measured on that card. The limit of prefill is arithmetic: two operations a weight and token,
+at the rate of a large bf16 product. The models have random weights; they are made in --models when they are not there,
+and removed again when they were made here (unless --keep).
 """
 import argparse
 import json
@@ -20,7 +21,7 @@ SOURCE = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(SOURCE / "tests" / "tools"))
 import make_gguf  # noqa: E402
 
-BYTES_PER_SECOND, OPERATIONS_PER_SECOND = 4.65e12, 780e12  # measured: an H200
+CARDS = {"H200": (4.65e12, 780e12), "H100 80GB HBM3": (3.0e12, 780e12)}  # bytes, operations a second: measured
 CASES = [  # name, prompt, new tokens, batch, what is measured
     ("one stream", 0, 128, 1, "decode"),
     ("batch 8, 1k context", 1024, 64, 8, "decode"),
@@ -95,11 +96,15 @@ def weight_figures(shape, mix, vocab_file):
     return total, count, a.layers * 2 * a.kv_heads * a.head_dim * 2
 
 
-def limit_of(figures, prompt, new, batch, kind):
+def limit_of(device, figures, prompt, new, batch, kind):
+    """Tokens a second that `device` cannot exceed; None for a card whose rates nobody measured."""
     total, count, kv = figures
+    rates = [r for card, r in CARDS.items() if card in device]
+    if not rates:
+        return None
     if kind == "prefill":
-        return OPERATIONS_PER_SECOND / (2 * count)
-    return batch * BYTES_PER_SECOND / (total + batch * (prompt + new / 2) * kv)
+        return rates[0][1] / (2 * count)
+    return batch * rates[0][0] / (total + batch * (prompt + new / 2) * kv)
 
 
 def run_case(a, model, prompt, new, batch):
@@ -118,9 +123,9 @@ def bench_model(a, shape, mix, rows):
         if words and not any(w in name for w in words):
             continue
         out = run_case(a, model, prompt, new, batch)
-        row = {"shape": shape, "mix": mix, "case": name, "limit": limit_of(figures, prompt, new, batch, kind),
-               "llama_cpp": LLAMA_CPP.get((shape, mix), {}).get(name)}
+        row = {"shape": shape, "mix": mix, "case": name, "llama_cpp_h200": LLAMA_CPP.get((shape, mix), {}).get(name)}
         if out:
+            row["limit"] = limit_of(out["device"], figures, prompt, new, batch, kind)
             result = out["results"][0]
             row["tokens_per_second"] = result[f"{kind}_tokens_per_second"]
             row["device"] = out["device"]
@@ -131,23 +136,24 @@ def bench_model(a, shape, mix, rows):
 
 
 def print_row(row):
-    rate, other = row.get("tokens_per_second"), row["llama_cpp"]
+    rate, limit, other = row.get("tokens_per_second"), row.get("limit"), row["llama_cpp_h200"]
+    same_card = rate and other and "H200" in row["device"]
     print(f"{row['shape'] + ' ' + row['mix']:<12} {row['case']:<22} "
-          + (f"{rate:>10.1f} {rate / row['limit']:>9.0%} " if rate else f"{'failed':>10} {'':>9} ")
-          + (f"{other:>10} {rate / other:>6.2f}x" if rate and other else f"{other or '':>10}"), flush=True)
+          + (f"{rate:>10.1f} " if rate else f"{'failed':>10} ")
+          + (f"{rate / limit:>9.0%} " if rate and limit else f"{'':>9} ")
+          + f"{other or '':>16}" + (f" {rate / other:>6.2f}x" if same_card else ""), flush=True)
 
 
 def main():
     a = parse()
     rows = []
-    print(f"{'model':<12} {'case':<22} {'tok/s':>10} {'of limit':>9} {'llama.cpp':>10} {'ratio':>7}")
+    print(f"{'model':<12} {'case':<22} {'tok/s':>10} {'of limit':>9} {'llama.cpp, H200':>16} {'ratio':>7}")
     for shape in a.shapes.split(","):
         for mix in a.mixes.split(","):
             if shape != "70b" or mix == "q4_k_m":  # others do not fit
                 bench_model(a, shape, mix, rows)
     out = a.json or a.build / "gpu-bench.json"
-    out.write_text(json.dumps({"bytes_per_second": BYTES_PER_SECOND, "operations_per_second": OPERATIONS_PER_SECOND,
-                               "results": rows}, indent=1) + "\n")
+    out.write_text(json.dumps({"cards": CARDS, "results": rows}, indent=1) + "\n")
     print(f"figures: {out}", file=sys.stderr)
     sys.exit(any("tokens_per_second" not in row for row in rows))
 

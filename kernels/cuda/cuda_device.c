@@ -88,7 +88,7 @@ static int set_up(struct cuda_device *device, struct error *error)
     if (code != cudaSuccess)
         return error_set(error, STATUS_UNSUPPORTED, "GPU %d cannot be opened: %s", device->index,
                          cudaGetErrorString(code));
-    if (properties.major < 9)
+    if (properties.major != 9)
         return error_set(error, STATUS_UNSUPPORTED,
                          "GPU %d (%s) has compute capability %d.%d; this build has kernels for 9.0",
                          device->index, properties.name, properties.major, properties.minor);
