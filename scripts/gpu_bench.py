@@ -6,6 +6,10 @@ ratio where this is one. The limit of decoding is memory: the weights once a ste
 sequence, at the bandwidth measured on that card. The limit of prefill is arithmetic: two operations a weight and token,
 at the rate of a large bf16 product. The models have random weights; they are made in --models when they are not there,
 and removed again when they were made here (unless --keep).
+
+The case "online" serves the model with `strata serve` and loads it with `strata bench` over gRPC: all tokens a second,
+prompts and answers, and which part that is of what the engine alone does with as many (its prefill, then its decoding, of
+as many sequences at once). It needs --vocab.
 """
 import argparse
 import json
@@ -29,6 +33,7 @@ CASES = [  # name, prompt, new tokens, batch, what is measured
     ("batch 64, 1k context", 1024, 64, 64, "decode"),
     ("prefill 2048", 2048, 0, 1, "prefill"),
 ]
+ONLINE = {"clients": 64, "prompt": 1000, "new": 200, "requests": 192}
 LLAMA_CPP = {  # (shape, mix) -> case -> tokens a second
     ("8b", "q4_k_m"): {"one stream": 265, "batch 8, 1k context": 725, "batch 32, 1k context": 2853,
                        "batch 64, 1k context": 3814, "prefill 2048": 9970},
@@ -55,6 +60,7 @@ def parse():
     p.add_argument("--mixes", default="q4_k_m,q8_0,f16")
     p.add_argument("--cases", default="", help="only those whose name has one of these words, separated by commas")
     p.add_argument("--backend", default="cuda")
+    p.add_argument("--online", default="{}", help="JSON that changes the online case: clients, prompt, new, requests")
     p.add_argument("--repeat", type=int, default=3)
     p.add_argument("--json", type=pathlib.Path, help="where the figures go (default: gpu-bench.json in the build)")
     return p.parse_args()
@@ -115,6 +121,44 @@ def run_case(a, model, prompt, new, batch):
     return json.loads(done.stdout) if done.returncode == 0 else None
 
 
+def serve_and_load(a, model, case):
+    """What `strata bench` measured of the one sweep; None where that failed."""
+    with tempfile.TemporaryDirectory() as home:
+        address = f"unix:{home}/strata"
+        serve = [a.build / "strata", "serve", model, "--listen", address, "--backend", a.backend, "--workers", 1,
+                 "--max-sequences", case["clients"], "--context", 2048, "--step-budget", 2048, "--chunk", 1024,
+                 "--log-level", "warn"]
+        bench = [a.build / "strata", "bench", "--connect", address, "--json", "--prompt", case["prompt"], "--new",
+                 case["new"], "--concurrency", case["clients"], "--requests", case["requests"]]
+        server = subprocess.Popen([str(c) for c in serve], stdout=subprocess.PIPE, text=True)
+        try:
+            if not any(line.startswith("ready on") for line in server.stdout):
+                return None
+            done = subprocess.run([str(c) for c in bench], stdout=subprocess.PIPE, text=True)
+            return json.loads(done.stdout)["sweeps"][0] if done.returncode == 0 else None
+        finally:
+            server.terminate()
+            server.wait()
+
+
+def bench_online(a, shape, mix, model, rows, case):
+    sweep = serve_and_load(a, model, case)
+    alone = run_case(a, model, case["prompt"], case["new"], case["clients"])
+    row = {"shape": shape, "mix": mix, "case": f"online, {case['clients']} clients"}
+    rows.append(row)
+    if not sweep or not alone:
+        print(f"{shape + ' ' + mix:<12} {row['case']:<22} {'failed':>10}", flush=True)
+        return
+    engine = alone["results"][0]
+    seconds = case["requests"] * (case["prompt"] / engine["prefill_tokens_per_second"]
+                                  + case["new"] / engine["decode_tokens_per_second"])
+    row |= {"sweep": sweep, "device": alone["device"], "of_engine": seconds / sweep["seconds"],
+            "tokens_per_second": sweep["prompt_tokens_per_second"] + sweep["new_tokens_per_second"]}
+    print(f"{shape + ' ' + mix:<12} {row['case']:<22} {row['tokens_per_second']:>10.1f} "
+          f"{row['of_engine']:>9.0%} of the engine alone; first token {sweep['ttft_ms']['p50']:.0f} ms, then "
+          f"{sweep['gap_ms']['p50']:.1f} ms (medians)", flush=True)
+
+
 def bench_model(a, shape, mix, rows):
     words = [w for w in a.cases.split(",") if w]
     model, made = make_model(a, shape, mix)
@@ -131,6 +175,8 @@ def bench_model(a, shape, mix, rows):
             row["device"] = out["device"]
         rows.append(row)
         print_row(row)
+    if a.vocab and mix == a.mixes.split(",")[0] and (not words or any(w in "online" for w in words)):
+        bench_online(a, shape, mix, model, rows, ONLINE | json.loads(a.online))
     if made and not a.keep:
         model.unlink()
 

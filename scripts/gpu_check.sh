@@ -104,9 +104,10 @@ check_e2e() {
                 "$python" "$source/tests/e2e/$test.py"
         done
     done
-    for test in invariance_test chat_test pool_test soak_test; do
+    for test in invariance_test agreement_test chat_test pool_test soak_test; do
         run "e2e/$test" 600 "$python" "$source/tests/e2e/$test.py"
     done
+    sed -n 's/.*prompts agree in all.*/    &/p' "$logs/e2e_agreement_test.log" 2> /dev/null
 }
 
 check_sanitizer() {
