@@ -8,8 +8,8 @@ at the rate of a large bf16 product. The models have random weights; they are ma
 and removed again when they were made here (unless --keep).
 
 The case "online" serves the model with `strata serve` and loads it with `strata bench` over gRPC: all tokens a second,
-prompts and answers, and which part that is of what the engine alone does with as many (its prefill, then its decoding, of
-as many sequences at once). It needs --vocab.
+prompts and answers, and which part that is of what the engine alone does with as many (its prefill, then its decoding,
+of as many sequences at once). It needs --vocab, and takes the first of --mixes.
 """
 import argparse
 import json
