@@ -15,10 +15,10 @@
 // Nibbles: for j = 2 i (low) and 2 i + 1 (high) lane l reads 16 bytes at 512 i + 16 l: words (row g: e0-3,
 // e4-7; row g + 8: the same); e0..e3 at bits 0, 16, 8, 24, so that a mask, or a shift by 8 and a mask, leaves
 // two codes in the mantissas of two halves: subnormal numbers code x 2^-24 (16 times that for the high
-// nibbles). One multiplication by scale x 2^5 (or 2^1) makes code x scale x 2^-19 of it, exactly: integer
-// scales go through the tensor cores unrounded, and the f32 factors d (and dmin) of a block of 256 are
-// applied to sums of 128 products in f32. Minimums are one more mma a record: minimum times the sum of 16
-// activations.
+// nibbles). One multiplication by scale x 2^5 (or 2^1) makes code x scale x 2^-19 of it, exactly (but for
+// the last bit of Q6_K's products above 2,048): integer scales go through the tensor cores unrounded, and the
+// f32 factors d (and dmin) of a block of 256 are applied to sums of 128 products in f32. Minimums are one
+// more mma a record: minimum times the sum of 16 activations.
 //
 // Layouts, and the types that take them:
 //   NIBBLES     Q4_K                    scales and minimums of 8 bits per 32, d and dmin
@@ -33,6 +33,7 @@
 #define STRATA_CUDA_RECORD_CUH
 
 #include "kernels/cuda/cuda_kernel.cuh"
+#include "kernels/cuda/cuda_mma.cuh"
 
 enum record_layout {
     RECORD_NIBBLES,
@@ -144,16 +145,6 @@ __device__ __forceinline__ unsigned and_or(unsigned a, unsigned b, unsigned c)
 __device__ __forceinline__ unsigned shift(unsigned a, int right)
 {
     return right >= 0 ? a >> right : a << -right;
-}
-
-// c += A B, 16 x 16 x 8.
-__device__ __forceinline__ void multiply_add(float *c, unsigned a0, unsigned a1, unsigned a2, unsigned a3,
-                                             unsigned b0, unsigned b1)
-{
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-        "{%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 // --- reading a record ---
@@ -318,10 +309,10 @@ record_multiply_half(const unsigned char *record, const struct record_row *rows,
                 b[i] = *(const uint4 *)(columns[n + i] + j * 64);
 #pragma unroll
             for (int i = 0; i < AT_ONCE; i++)
-                multiply_add(sums[n + i], a[0], a[1], a[2], a[3], b[i].x, b[i].y);
+                mma_halves(sums[n + i], a[0], a[1], a[2], a[3], b[i].x, b[i].y);
 #pragma unroll
             for (int i = 0; i < AT_ONCE; i++)
-                multiply_add(sums[n + i], a[4], a[5], a[6], a[7], b[i].z, b[i].w);
+                mma_halves(sums[n + i], a[4], a[5], a[6], a[7], b[i].z, b[i].w);
         }
     }
 }
@@ -343,8 +334,8 @@ record_multiply_mins(const unsigned char *record, const struct record_row *rows,
 #pragma unroll
         for (int i = 0; i < 4; i++)
             sums[i] = form.integer_scales ? 0 : acc[n][i];
-        multiply_add(sums, upper.x, lower.x, upper.y, lower.y, b.x, b.y);
-        multiply_add(sums, upper.x, lower.x, upper.y, lower.y, b.z, b.w);
+        mma_halves(sums, upper.x, lower.x, upper.y, lower.y, b.x, b.y);
+        mma_halves(sums, upper.x, lower.x, upper.y, lower.y, b.z, b.w);
 #pragma unroll
         for (int i = 0; i < 4; i++)
             acc[n][i] = form.integer_scales ? fmaf(factors[i / 2].y * -64.0f, sums[i], acc[n][i]) : sums[i];
