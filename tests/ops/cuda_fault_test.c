@@ -18,7 +18,7 @@ START_TEST(test_what_passes_and_what_stays)
     ck_assert(!device_broken(device));
     int32_t *tokens = ops->alloc(device, 4096);
     ck_assert_ptr_nonnull(tokens);
-    ck_assert_int_eq(ops->sync(device, &error), 0);
+    ck_assert_msg(!ops->sync(device, &error), "%s", error.text);
 
     ops->feed(device, tokens, (const int32_t *)64, tokens, 1); // reads where nothing is
     ck_assert_int_eq(ops->sync(device, &error), STATUS_INTERNAL);
