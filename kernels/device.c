@@ -66,6 +66,11 @@ uint64_t device_memory_free(const struct device *device)
     return device->backend->memory_free(device);
 }
 
+bool device_broken(const struct device *device)
+{
+    return device->backend->broken && device->backend->broken(device);
+}
+
 void *device_stream(const struct device *device)
 {
     return device->backend->stream(device);

@@ -4,6 +4,7 @@
 #ifndef STRATA_DEVICE_H
 #define STRATA_DEVICE_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "common/status.h"
@@ -37,6 +38,10 @@ const char *device_backend(const char *name);
 uint32_t device_level(const struct device *device);
 const char *device_describe(const struct device *device); // "cpu avx512, 2 threads"
 uint64_t device_memory_free(const struct device *device); // bytes
+// After a failure: true when the device will do nothing more for this process, whose end alone helps (a
+// kernel's bad access, a GPU that fell off the bus). Memory that ran out is no such thing. Not while a
+// program is recorded.
+bool device_broken(const struct device *device);
 // The queue that ops go to, for libraries that join it: a cudaStream_t; NULL on the CPU.
 void *device_stream(const struct device *device);
 // How many devices the backend finds on this machine.

@@ -12,6 +12,7 @@ struct device_backend {
     uint32_t (*level)(const struct device *device);
     const char *(*describe)(const struct device *device);
     uint64_t (*memory_free)(const struct device *device);
+    bool (*broken)(const struct device *device); // NULL: never
     uint32_t (*best_level)(uint32_t index);
     void *(*stream)(const struct device *device);
     uint32_t (*count)(void);

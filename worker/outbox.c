@@ -17,6 +17,7 @@ struct outbox {
     pthread_t thread;
     struct rpc_stream *stream; // NULL: detached
     bool sending, broken, ending;
+    bool finishing; // the stream is closed behind the last message
     struct wire_bytes messages[OUTBOX_MESSAGES];
     size_t first, count;
     int64_t next_beat_us;
@@ -61,6 +62,18 @@ static void send_beat(struct outbox *outbox, struct wire_bytes *bytes)
     pthread_cond_broadcast(&outbox->changed);
 }
 
+static void close_stream(struct outbox *outbox)
+{
+    struct rpc_stream *stream = outbox->stream;
+    outbox->sending = true;
+    pthread_mutex_unlock(&outbox->mutex);
+    rpc_stream_half_close(stream);
+    pthread_mutex_lock(&outbox->mutex);
+    outbox->sending = false;
+    outbox->broken = true;
+    pthread_cond_broadcast(&outbox->changed);
+}
+
 static void *send_messages(void *argument)
 {
     struct outbox *outbox = argument;
@@ -72,6 +85,8 @@ static void *send_messages(void *argument)
             send_first(outbox);
         else if (!attached)
             pthread_cond_wait(&outbox->changed, &outbox->mutex);
+        else if (outbox->finishing)
+            close_stream(outbox);
         else if (clock_now_us() >= outbox->next_beat_us)
             send_beat(outbox, &beat);
         else
@@ -123,7 +138,7 @@ void outbox_attach(struct outbox *outbox, struct rpc_stream *stream)
 {
     pthread_mutex_lock(&outbox->mutex);
     outbox->stream = stream;
-    outbox->broken = false;
+    outbox->broken = outbox->finishing = false;
     outbox->next_beat_us = clock_now_us() + BEAT_US;
     pthread_cond_broadcast(&outbox->changed);
     pthread_mutex_unlock(&outbox->mutex);
@@ -140,12 +155,25 @@ void outbox_detach(struct outbox *outbox)
     pthread_mutex_unlock(&outbox->mutex);
 }
 
+void outbox_finish(struct outbox *outbox)
+{
+    pthread_mutex_lock(&outbox->mutex);
+    outbox->finishing = true;
+    pthread_cond_broadcast(&outbox->changed);
+    pthread_mutex_unlock(&outbox->mutex);
+}
+
+static bool takes_messages(const struct outbox *outbox)
+{
+    return outbox->stream && !outbox->broken && !outbox->finishing;
+}
+
 void outbox_post(struct outbox *outbox, const struct wire_worker_message *message)
 {
     pthread_mutex_lock(&outbox->mutex);
-    while (outbox->count == OUTBOX_MESSAGES && outbox->stream && !outbox->broken)
+    while (outbox->count == OUTBOX_MESSAGES && takes_messages(outbox))
         pthread_cond_wait(&outbox->changed, &outbox->mutex);
-    if (outbox->count < OUTBOX_MESSAGES && outbox->stream && !outbox->broken) {
+    if (outbox->count < OUTBOX_MESSAGES && takes_messages(outbox)) {
         size_t at = (outbox->first + outbox->count) % OUTBOX_MESSAGES;
         if (wire_encode_worker_message(&outbox->messages[at], message) == STATUS_OK)
             outbox->count++;

@@ -20,6 +20,10 @@ void outbox_free(struct outbox *outbox); // detached
 void outbox_attach(struct outbox *outbox, struct rpc_stream *stream);
 void outbox_detach(struct outbox *outbox);
 
+// What was posted is sent, and then the stream's sending half is closed: to the coordinator we are leaving.
+// Later messages are dropped. Does not wait.
+void outbox_finish(struct outbox *outbox);
+
 // Copies the message. Any thread; waits while the outbox is full.
 void outbox_post(struct outbox *outbox, const struct wire_worker_message *message);
 

@@ -76,6 +76,7 @@ struct step_service {
     uint32_t fits_pages;                 // with so many pages the load that failed would have fit
     struct assignment assignment;
     struct step_result result;
+    bool gave_up;                  // the device is broken, and the owner knows
     int64_t idle_since_us;         // while steps are unfinished: when something happened last
     int64_t progress_us, check_us; // last report of a load, last look at the links
     struct step_plan plans[PLANS];
@@ -197,6 +198,15 @@ static void end_epoch(struct step_service *service)
         device_ops(service->device)->reserve(service->device, 0, NULL);
 }
 
+// Every epoch would fail on a device that is broken, until the process is another.
+static void check_device(struct step_service *service)
+{
+    if (service->gave_up || !device_broken(service->device))
+        return;
+    service->gave_up = true;
+    service->options.broken(service->options.context, device_describe(service->device));
+}
+
 // Reports what went wrong (`step`: in which one, NULL = none) and ends the epoch; silently when the epoch was
 // given up already.
 static void fail(struct step_service *service, uint64_t epoch, const uint64_t *step,
@@ -221,6 +231,7 @@ static void fail(struct step_service *service, uint64_t epoch, const uint64_t *s
                                          .fits_pages = service->fits_pages};
     log_warn("epoch %llu failed here: %s", (unsigned long long)epoch, error->text);
     say(service, &failed);
+    check_device(service);
 }
 
 // --- loading ---
@@ -554,8 +565,10 @@ static void run_job(struct step_service *service, const struct job *job)
     if (job->kind == JOB_TIDY || !is_wanted(service, job->epoch)) {
         if (service->executor && !is_wanted(service, service->executor_epoch))
             end_epoch(service);
-        if (job->kind == JOB_TIDY)
+        if (job->kind == JOB_TIDY) {
             note_memory(service);
+            check_device(service); // the fault may be why the epoch ended, on another's word
+        }
     } else if (job->kind == JOB_ASSIGN) {
         run_assign(service, job);
     } else if (job->kind == JOB_CONNECT) {

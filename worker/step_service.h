@@ -30,6 +30,8 @@ struct step_service_options {
     int64_t link_timeout_us;
     // Called by the device's thread; `message` and what it points to are valid during the call.
     void (*say)(void *context, const struct wire_worker_message *message);
+    // Once, after the FAILED that it caused: no epoch will run here any more.
+    void (*broken)(void *context, const char *device);
     void *context;
 };
 

@@ -24,7 +24,13 @@
 #include "worker/outbox.h"
 #include "worker/step_service.h"
 
-enum { FIRST_PAUSE_US = 200000, LAST_PAUSE_US = 2000000, HOST_BYTES = 65, NAME_BYTES = 128 };
+enum {
+    FIRST_PAUSE_US = 200000,
+    LAST_PAUSE_US = 2000000,
+    LEAVE_US = 2000000,
+    HOST_BYTES = 65,
+    NAME_BYTES = 128
+};
 
 struct worker {
     struct worker_options options;
@@ -40,10 +46,11 @@ struct worker {
     bool farewell; // and said goodbye: the end of the connection is no surprise
     bool released; // it sent us away for good
     struct error why;
-    // Under the mutex: what worker_stop touches.
+    // Under the mutex: what worker_stop and leave touch.
     pthread_mutex_t mutex;
-    pthread_cond_t stopped;
+    pthread_cond_t changed; // stopping, stream
     bool stopping;
+    struct error broken; // its device, for good
     struct rpc_stream *stream;
 };
 
@@ -57,6 +64,23 @@ static void beat(void *context, struct wire_worker_message *message)
 {
     struct worker *worker = context;
     step_service_beat(worker->service, message);
+}
+
+// The device's thread has said FAILED. The coordinator hangs up on a worker that closes its half of the
+// stream, and has read everything by then; one that does not is not waited for.
+static void leave(void *context, const char *device)
+{
+    struct worker *worker = context;
+    int64_t at_us = clock_now_us() + LEAVE_US;
+    struct timespec at = {.tv_sec = at_us / 1000000, .tv_nsec = at_us % 1000000 * 1000};
+    log_error("%s is broken for this process, which ends: a new one has to go on", device);
+    outbox_finish(worker->outbox);
+    pthread_mutex_lock(&worker->mutex);
+    error_set(&worker->broken, STATUS_INTERNAL, "%s is broken for this process; start a new one", device);
+    while (worker->stream && !worker->stopping && clock_now_us() < at_us)
+        pthread_cond_timedwait(&worker->changed, &worker->mutex, &at);
+    pthread_mutex_unlock(&worker->mutex);
+    worker_stop(worker);
 }
 
 // --- start and end ---
@@ -100,6 +124,7 @@ static int open_parts(struct worker *worker, struct error *error)
                                            .memory = options->memory,
                                            .link_timeout_us = options->link_timeout_us,
                                            .say = say,
+                                           .broken = leave,
                                            .context = worker};
     return step_service_new(&worker->service, &service, error);
 }
@@ -115,7 +140,7 @@ int worker_new(struct worker **out, const struct worker_options *options, struct
     pthread_condattr_init(&monotonic);
     pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
     pthread_mutex_init(&worker->mutex, NULL);
-    pthread_cond_init(&worker->stopped, &monotonic);
+    pthread_cond_init(&worker->changed, &monotonic);
     pthread_condattr_destroy(&monotonic);
     name_worker(worker);
     int status = open_parts(worker, error);
@@ -137,7 +162,7 @@ void worker_free(struct worker *worker)
     gguf_close(worker->gguf);
     arena_free(&worker->arena);
     step_plan_free(&worker->unwanted);
-    pthread_cond_destroy(&worker->stopped);
+    pthread_cond_destroy(&worker->changed);
     pthread_mutex_destroy(&worker->mutex);
     free(worker);
 }
@@ -148,7 +173,7 @@ void worker_stop(struct worker *worker)
     worker->stopping = true;
     if (worker->stream)
         rpc_stream_cancel(worker->stream);
-    pthread_cond_broadcast(&worker->stopped);
+    pthread_cond_broadcast(&worker->changed);
     pthread_mutex_unlock(&worker->mutex);
 }
 
@@ -273,6 +298,7 @@ static void set_stream(struct worker *worker, struct rpc_stream *stream)
 {
     pthread_mutex_lock(&worker->mutex);
     worker->stream = stream;
+    pthread_cond_broadcast(&worker->changed);
     if (stream && worker->stopping)
         rpc_stream_cancel(stream);
     pthread_mutex_unlock(&worker->mutex);
@@ -327,7 +353,7 @@ static void pause_for(struct worker *worker, int64_t us)
     struct timespec at = {.tv_sec = at_us / 1000000, .tv_nsec = at_us % 1000000 * 1000};
     pthread_mutex_lock(&worker->mutex);
     while (!worker->stopping && clock_now_us() < at_us)
-        pthread_cond_timedwait(&worker->stopped, &worker->mutex, &at);
+        pthread_cond_timedwait(&worker->changed, &worker->mutex, &at);
     pthread_mutex_unlock(&worker->mutex);
 }
 
@@ -346,10 +372,11 @@ int worker_run(struct worker *worker, struct error *error)
 {
     int64_t pause = FIRST_PAUSE_US, since = clock_now_us();
     bool noted = false;
+    int status;
     log_info("worker %s: %s, links at %s", worker->name, gguf_path(worker->gguf), worker->link_address);
     while (!is_stopping(worker)) {
         struct error ended = {0};
-        int status = connect_once(worker, &ended);
+        status = connect_once(worker, &ended);
         if (status == STATUS_INVALID)
             return error_set(error, status, "%s", ended.text); // an address or certificate that cannot work
         if (worker->released) {
@@ -372,5 +399,10 @@ int worker_run(struct worker *worker, struct error *error)
         pause = 2 * pause < LAST_PAUSE_US ? 2 * pause : LAST_PAUSE_US;
     }
     log_info("worker %s stops", worker->name);
-    return STATUS_OK;
+    pthread_mutex_lock(&worker->mutex);
+    status = worker->broken.status;
+    if (status)
+        *error = worker->broken;
+    pthread_mutex_unlock(&worker->mutex);
+    return status;
 }

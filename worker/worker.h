@@ -31,7 +31,8 @@ int worker_new(struct worker **out, const struct worker_options *options, struct
 void worker_free(struct worker *worker);
 
 // Returns STATUS_OK after worker_stop; otherwise the reason not to go on: STATUS_CANCELLED when the
-// coordinator sent us away for good (with its sentence), STATUS_DEADLINE when none was found in time.
+// coordinator sent us away for good (with its sentence), STATUS_DEADLINE when none was found in time,
+// STATUS_INTERNAL when the device is broken for this process and only a new one can go on.
 int worker_run(struct worker *worker, struct error *error);
 void worker_stop(struct worker *worker); // any thread
 

@@ -19,7 +19,8 @@ enum {
     EXIT_USAGE = 2,     // an option or address is wrong
     EXIT_MODEL = 3,     // the model file is missing, damaged or unsupported
     EXIT_SENT_AWAY = 4, // the coordinator will not have this worker
-    EXIT_NO_COORDINATOR = 5
+    EXIT_NO_COORDINATOR = 5,
+    EXIT_DEVICE = 6 // the GPU is broken for this process: start a new one
 };
 
 static const struct option OPTIONS[] = {
@@ -81,8 +82,9 @@ static const char ABOUT[] =
     "step. "
     "It may be started before its coordinator and outlives its restarts, keeping the weights. Exit codes: 0 "
     "stopped by SIGTERM or SIGINT; 1 failed; 2 wrong options; 3 unusable model; 4 refused by the "
-    "coordinator; 5 "
-    "no coordinator found in time.";
+    "coordinator; 5 no coordinator found in time; 6 the GPU is broken for this process, and a new one has to "
+    "be "
+    "started.";
 
 static int complain(int status, const struct error *error)
 {
@@ -230,7 +232,10 @@ static int run_until_signal(struct worker *worker, const sigset_t *ending)
     pthread_sigmask(SIG_UNBLOCK, ending, NULL);
     worker_stop(worker);
     pthread_join(thread, NULL);
-    return running.status ? complain(running.status, &running.error) : EXIT_SUCCESS;
+    if (running.status == STATUS_OK)
+        return EXIT_SUCCESS;
+    int code = complain(running.status, &running.error);
+    return running.status == STATUS_INTERNAL ? EXIT_DEVICE : code;
 }
 
 static int join_pool(struct worker_options *options)
@@ -248,6 +253,8 @@ static int join_pool(struct worker_options *options)
     if (status)
         return complain(status, &error);
     int code = run_until_signal(worker, &signals);
+    if (code == EXIT_DEVICE)
+        _exit(code); // what is left to close is the GPU's, which may never answer
     worker_free(worker);
     return code;
 }

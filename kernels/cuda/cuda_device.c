@@ -46,6 +46,26 @@ bool cuda_failed(struct cuda_device *device, cudaError_t code, const char *what)
     return true;
 }
 
+static bool is_sound(cudaError_t code)
+{
+    return code == cudaSuccess || code == cudaErrorNotReady || code == cudaErrorMemoryAllocation;
+}
+
+// What is not sticky goes away by being looked at. The stream answers for the context, the memory for a GPU
+// that is gone: an idle stream would not miss it.
+static bool broken(const struct device *base)
+{
+    const struct cuda_device *device = (const struct cuda_device *)base;
+    bool sound = false;
+    cuda_enter(device);
+    for (int look = 0; look < 2 && !sound; look++) {
+        size_t left, all;
+        sound = is_sound(cudaStreamQuery(device->stream)) && is_sound(cudaMemGetInfo(&left, &all));
+        cudaGetLastError();
+    }
+    return !sound;
+}
+
 // --- open and close ---
 
 static void close_device(struct device *base)
@@ -149,6 +169,7 @@ const struct device_backend cuda_backend = {
     .level = level_of,
     .describe = describe,
     .memory_free = memory_free,
+    .broken = broken,
     .best_level = best_level,
     .stream = stream,
     .count = count_devices,

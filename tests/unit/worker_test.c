@@ -58,6 +58,16 @@ int __wrap_executor_finish(struct executor *executor, struct step_result *to, bo
     return __real_executor_finish(executor, to, wait, why);
 }
 
+// --- a broken device ---
+
+static atomic_bool broken;
+bool __wrap_device_broken(const struct device *device);
+
+bool __wrap_device_broken(const struct device *device)
+{
+    return atomic_load(&broken);
+}
+
 // --- the coordinator's side ---
 
 static void on_start(struct rpc_call *call, void *service)
@@ -85,6 +95,14 @@ static void on_message(struct rpc_call *call, void *service, const uint8_t *byte
     pthread_mutex_unlock(&mutex);
 }
 
+static atomic_bool deaf; // to a worker that leaves
+
+static void on_half_close(struct rpc_call *call, void *service)
+{
+    if (!atomic_load(&deaf))
+        rpc_call_finish(call, STATUS_OK, "");
+}
+
 static void on_done(struct rpc_call *call, void *service, bool cancelled)
 {
     pthread_mutex_lock(&mutex);
@@ -109,6 +127,7 @@ static void start_coordinator(void)
                                              .client_streaming = true,
                                              .on_start = on_start,
                                              .on_message = on_message,
+                                             .on_half_close = on_half_close,
                                              .on_done = on_done};
     struct rpc_server_options options = {.max_message_bytes = MAX_POOL_MESSAGE_BYTES};
     char listen[64];
@@ -580,6 +599,42 @@ START_TEST(test_a_wrong_step_ends_its_epoch_only)
 }
 END_TEST
 
+// The coordinator learns what happened, and the worker ends, whether the coordinator lets it go or not.
+START_TEST(test_a_broken_device_ends_the_worker)
+{
+    atomic_store(&deaf, _i == 1);
+    START_ONE(running);
+    expect(join, WIRE_HELLO);
+    load(join, 3, 0, 1);
+    link_alone(join, 3);
+    send_step(&join, 1, 3, 0);
+    expect_token(join, 3, 0);
+    atomic_store(&broken, true);
+    send_step(&join, 1, 3, 5);
+    struct wire_worker_message failed = expect(join, WIRE_FAILED);
+    ck_assert_uint_eq(failed.epoch, 3);
+    ck_assert_uint_eq(failed.step, 5);
+    ck_assert_int_eq(wait_worker(&running), STATUS_INTERNAL);
+    ck_assert_ptr_nonnull(strstr(running.error.text, "is broken"));
+    ck_assert_int_eq(n_joins, 1);
+}
+END_TEST
+
+// The fault shows elsewhere first: a neighbour's word ends the epoch, or its stream.
+START_TEST(test_a_broken_device_is_found_at_the_end_of_an_epoch)
+{
+    START_ONE(running);
+    expect(join, WIRE_HELLO);
+    load(join, 3, 0, 1);
+    atomic_store(&broken, true);
+    if (_i == 0)
+        abort_epoch(join, 3);
+    else
+        rpc_call_abort(join->call, STATUS_UNAVAILABLE, "the test hangs up");
+    ck_assert_int_eq(wait_worker(&running), STATUS_INTERNAL);
+}
+END_TEST
+
 START_TEST(test_unfinished_steps_end_with_their_epoch)
 {
     START_ONE(running);
@@ -754,6 +809,8 @@ Suite *make_suite(void)
     tcase_add_test(tests, test_what_cannot_be_loaded_is_said_and_survived);
     tcase_add_test(tests, test_the_memory_budget_holds);
     tcase_add_loop_test(tests, test_a_wrong_step_ends_its_epoch_only, 0, 2);
+    tcase_add_loop_test(tests, test_a_broken_device_ends_the_worker, 0, 2);
+    tcase_add_loop_test(tests, test_a_broken_device_is_found_at_the_end_of_an_epoch, 0, 2);
     tcase_add_test(tests, test_unfinished_steps_end_with_their_epoch);
     tcase_add_test(tests, test_a_wrong_step_behind_unfinished_ones);
     tcase_add_test(tests, test_a_lost_stream_keeps_the_weights);
