@@ -6,7 +6,6 @@
 #include <string.h>
 #include <time.h>
 
-#include "common/clock.h"
 #include "proto/wire.h"
 #include "strata/v1/pool.pb-c.h"
 #include "tests/suite.h"
@@ -610,6 +609,14 @@ END_TEST
 
 // A decode step of 64 rows, as it crosses at every token: measured so that a slow codec is noticed. The bound
 // is twenty times what it takes.
+// Of the processor that this thread had: what else the machine does is not the codec's.
+static int64_t own_time_us(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+    return (int64_t)now.tv_sec * 1000000 + now.tv_nsec / 1000;
+}
+
 START_TEST(a_decode_step_is_cheap)
 {
     struct step_plan plan, back;
@@ -636,8 +643,8 @@ START_TEST(a_decode_step_is_cheap)
         *step_result_add_sample(&result) = (struct step_sample){.row = i, .token = (int32_t)(1000 * i)};
     }
     int64_t best = INT64_MAX;
-    for (int round = 0; round < 50; round++) {
-        int64_t before = clock_now_us();
+    for (int round = 0; round < 200; round++) {
+        int64_t before = own_time_us();
         for (int i = 0; i < 20; i++) {
             encode_plan(&bytes, &plan);
             ck_assert_int_eq(decode_plan(&back, bytes.data, bytes.length, &error), 0);
@@ -647,11 +654,11 @@ START_TEST(a_decode_step_is_cheap)
             ck_assert_int_eq(wire_decode_worker_message(&message, bytes.data, bytes.length, &arena, &error),
                              0);
         }
-        int64_t took = clock_now_us() - before;
+        int64_t took = own_time_us() - before;
         best = took < best ? took : best;
     }
     printf("64 rows, plan and result, encoded and decoded: %.1f us\n", (double)best / 20);
-    ck_assert(best >= 0); // printed, not judged: a busy machine is no failure
+    ck_assert_int_lt(best / 20, 500);
     expect_same_plan(&plan, &back);
     arena_free(&arena);
     step_plan_free(&plan);
