@@ -56,22 +56,4 @@ __device__ __forceinline__ uint4 query_chunk(const attention_args &args, const f
         bounded_halves_of(b.x * scale, b.y * scale), bounded_halves_of(b.z * scale, b.w * scale));
 }
 
-// Lets a kernel have `shared` bytes of dynamic shared memory; once for each device and instance, whose
-// `allowed` this is. False: the device has not so much, and the fault says so.
-template <typename Kernel>
-bool allow_shared(struct cuda_device *device, const char *name, Kernel *kernel, size_t shared,
-                  uint64_t *allowed)
-{
-    uint64_t bit = (uint64_t)1 << (device->index % 64);
-    if (__atomic_load_n(allowed, __ATOMIC_RELAXED) & bit)
-        return true;
-    if (cuda_failed(device,
-                    cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         (int)shared),
-                    name))
-        return false;
-    __atomic_fetch_or(allowed, bit, __ATOMIC_RELAXED);
-    return true;
-}
-
 #endif

@@ -520,7 +520,8 @@ static void launch_decode(struct cuda_device *device, const decode_args &args)
     typedef decode_shape<WIDTH, QUERY_TILES> shape;
     static uint64_t allowed;
     const char *name = "attention of generated tokens";
-    if (!allow_shared(device, name, attention_decode_kernel<WIDTH, QUERY_TILES>, shape::SHARED, &allowed))
+    if (!cuda_allow_shared(device, name, attention_decode_kernel<WIDTH, QUERY_TILES>, shape::SHARED,
+                           &allowed))
         return;
     uint32_t heads = args.a.n_kv_heads * args.head_groups;
     dim3 grid(heads, args.a.n_generated,

@@ -309,8 +309,8 @@ template <uint32_t WIDTH> static void launch_prompt(struct cuda_device *device, 
 {
     typedef prompt_shape<WIDTH> shape;
     static uint64_t allowed;
-    if (!allow_shared(device, "attention of prompts", attention_prompt_kernel<WIDTH>, shape::SHARED,
-                      &allowed))
+    if (!cuda_allow_shared(device, "attention of prompts", attention_prompt_kernel<WIDTH>, shape::SHARED,
+                           &allowed))
         return;
     uint32_t tiles = (args.n_tokens - args.n_generated) / TILE_QUERIES + args.n_spans - args.n_generated;
     cuda_launch(device, "attention of prompts", attention_prompt_kernel<WIDTH>, dim3(tiles, args.n_heads),

@@ -31,8 +31,10 @@ void cuda_enter(const struct cuda_device *device)
 
 void cuda_fault(struct cuda_device *device, int status, const char *sentence)
 {
-    if (!device->fault.status)
-        error_set(&device->fault, status, "%s", sentence);
+    if (device->fault.status)
+        return;
+    error_set(&device->fault, status, "%s", sentence);
+    device->fault_mark = device->next_mark;
 }
 
 bool cuda_failed(struct cuda_device *device, cudaError_t code, const char *what)
@@ -40,9 +42,10 @@ bool cuda_failed(struct cuda_device *device, cudaError_t code, const char *what)
     if (code == cudaSuccess)
         return false;
     cudaGetLastError(); // what is not sticky is reported once
-    if (!device->fault.status)
-        error_set(&device->fault, code == cudaErrorMemoryAllocation ? STATUS_NO_MEMORY : STATUS_INTERNAL,
-                  "GPU %d failed (%s): %s", device->index, what, cudaGetErrorString(code));
+    char sentence[300];
+    snprintf(sentence, sizeof(sentence), "GPU %d failed (%s): %s", device->index, what,
+             cudaGetErrorString(code));
+    cuda_fault(device, code == cudaErrorMemoryAllocation ? STATUS_NO_MEMORY : STATUS_INTERNAL, sentence);
     return true;
 }
 

@@ -38,7 +38,8 @@ struct cuda_device {
     size_t shared_limit; // bytes of shared memory a block may ask for
     cudaStream_t stream;
     char description[160];
-    struct error fault; // first failure since the last report
+    struct error fault;  // first failure since the last report, and
+    uint64_t fault_mark; // the next mark when it was noted: those before it are none the worse
     struct cuda_staging *staging;
     struct cuda_load *load; // NULL before the first matrix
     struct cuda_gemm *gemm;

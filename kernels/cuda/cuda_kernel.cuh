@@ -36,22 +36,49 @@ __device__ __forceinline__ void cuda_release()
 #endif
 }
 
-// Queues kernel<<<grid, block, shared>>>(arguments) on the device's stream; a failure becomes its fault.
-template <typename... Parameters, typename... Arguments>
-void cuda_launch(struct cuda_device *device, const char *name, void (*kernel)(Parameters...), dim3 grid,
-                 dim3 block, size_t shared, Arguments... arguments)
+// A launch on the device's stream that may start before its predecessor has ended. `overlap` must live as
+// long as the result; further attributes may stand behind it.
+static inline cudaLaunchConfig_t cuda_launch_config(const struct cuda_device *device, dim3 grid, dim3 block,
+                                                    size_t shared, cudaLaunchAttribute *overlap)
 {
     cudaLaunchConfig_t config = {};
-    cudaLaunchAttribute overlap[1] = {};
-    overlap[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap[0].val.programmaticStreamSerializationAllowed = 1;
+    overlap->id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap->val.programmaticStreamSerializationAllowed = 1;
     config.gridDim = grid;
     config.blockDim = block;
     config.dynamicSmemBytes = shared;
     config.stream = device->stream;
     config.attrs = overlap;
     config.numAttrs = 1;
+    return config;
+}
+
+// Queues kernel<<<grid, block, shared>>>(arguments) on the device's stream; a failure becomes its fault.
+template <typename... Parameters, typename... Arguments>
+void cuda_launch(struct cuda_device *device, const char *name, void (*kernel)(Parameters...), dim3 grid,
+                 dim3 block, size_t shared, Arguments... arguments)
+{
+    cudaLaunchAttribute overlap = {};
+    cudaLaunchConfig_t config = cuda_launch_config(device, grid, block, shared, &overlap);
     cuda_failed(device, cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
+}
+
+// Lets a kernel have `shared` bytes of dynamic shared memory; once for each device and instance, whose
+// `allowed` this is. False: the device has not so much, and the fault says so.
+template <typename Kernel>
+bool cuda_allow_shared(struct cuda_device *device, const char *name, Kernel *kernel, size_t shared,
+                       uint64_t *allowed)
+{
+    uint64_t bit = (uint64_t)1 << (device->index % 64);
+    if (__atomic_load_n(allowed, __ATOMIC_RELAXED) & bit)
+        return true;
+    if (cuda_failed(device,
+                    cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         (int)shared),
+                    name))
+        return false;
+    __atomic_fetch_or(allowed, bit, __ATOMIC_RELAXED);
+    return true;
 }
 
 // --- activations ---

@@ -296,9 +296,13 @@ int cuda_reached(struct device *base, uint64_t mark, struct error *error)
 {
     struct cuda_device *device = cuda_device_of(base);
     cuda_enter(device);
-    cudaError_t code = device->fault.status ? cudaSuccess : cudaEventQuery(device->marks[mark % CUDA_MARKS]);
+    bool spared = device->fault.status && mark < device->fault_mark; // a later step's failure is that step's
+    cudaError_t code =
+        device->fault.status && !spared ? cudaSuccess : cudaEventQuery(device->marks[mark % CUDA_MARKS]);
     if (code == cudaErrorNotReady)
         return 0;
+    if (spared && code == cudaSuccess)
+        return 1;
     cuda_failed(device, code, "computing");
     int status = report(device, error);
     return status ? status : 1;

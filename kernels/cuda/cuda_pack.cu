@@ -381,8 +381,7 @@ extern "C" int cuda_matrix_pack(struct device *base, const struct matrix *matrix
     cuda_load_drain(device); // it packs from the same scratch memory
     void *staged = cuda_scratch(device, group * row_bytes);
     if (!staged)
-        return error_set(error, STATUS_NO_MEMORY, "GPU %d has no %zu bytes left to pack a weight from",
-                         device->index, group * row_bytes);
+        return cuda_sync(base, error); // says why, and takes the fault back
     for (size_t row = 0; row < matrix->rows; row += group) {
         uint32_t count = (uint32_t)(matrix->rows - row < group ? matrix->rows - row : group);
         cuda_upload(base, staged, (const uint8_t *)source + row * row_bytes, count * row_bytes);

@@ -322,12 +322,9 @@ template <int A, int B> static bool launch(struct cuda_device *device, const str
         return false;
     uint32_t slots = (uint32_t)((room - x - sums) / (warps * shape.slot_bytes));
     shape.slots = slots < MAX_SLOTS_A_WARP ? slots : (uint32_t)MAX_SLOTS_A_WARP;
-    static bool prepared;
-    if (!prepared)
-        prepared = !cuda_failed(device,
-                                cudaFuncSetAttribute(product_small_kernel<A, B>,
-                                                     cudaFuncAttributeMaxDynamicSharedMemorySize, (int)room),
-                                "preparing a product");
+    static uint64_t allowed;
+    if (!cuda_allow_shared(device, "product", product_small_kernel<A, B>, room, &allowed))
+        return true; // the fault is noted: another kernel would not mend it
     cuda_launch(device, "product", product_small_kernel<A, B>, blocks, warps * 32,
                 (size_t)warps * shape.slots * shape.slot_bytes + x + sums, args, shape);
     return true;

@@ -197,21 +197,15 @@ __global__ void __launch_bounds__(WIDE_TILES * 32, 1)
 
 // --- launching ---
 
-static cudaLaunchConfig_t config_of(struct cuda_device *device, const struct product_args &args,
-                                    uint32_t blocks, uint32_t threads, size_t shared,
-                                    cudaLaunchAttribute *attributes)
+// attributes[2], zero: of the launch, then of its clusters.
+static cudaLaunchConfig_t cluster_config(const struct cuda_device *device, const struct product_args &args,
+                                         uint32_t blocks, uint32_t threads, size_t shared,
+                                         cudaLaunchAttribute *attributes)
 {
-    cudaLaunchConfig_t config = {};
-    attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim.x = args.chunks;
-    attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
-    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[1].val.programmaticStreamSerializationAllowed = 1;
-    config.gridDim = blocks;
-    config.blockDim = threads;
-    config.dynamicSmemBytes = shared;
-    config.stream = device->stream;
-    config.attrs = attributes;
+    cudaLaunchConfig_t config = cuda_launch_config(device, blocks, threads, shared, attributes);
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = args.chunks;
+    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
     config.numAttrs = 2;
     return config;
 }
@@ -239,27 +233,27 @@ static uint32_t choose_tiles(const struct product_args &args, uint32_t places, u
     return best;
 }
 
-// How many blocks of this kernel the GPU holds at once: whole clusters, so fewer than SMs. Asked once a
-// number of runs; 0 after a fault.
+// How many blocks of this kernel the GPU holds at once: whole clusters, so fewer than SMs. Asked once for
+// each device and number of runs; 0 after a fault.
 template <int L, int NT>
 static uint32_t places_of(struct cuda_device *device, const struct product_args &args, size_t room)
 {
-    static uint32_t known[PRODUCT_CHUNKS + 1];
+    static uint32_t known[64][PRODUCT_CHUNKS + 1];
+    static uint64_t allowed;
+    uint32_t *places = &known[device->index % 64][args.chunks];
     void (*const kernel)(const struct product_args, struct wide_shape) = product_wide_kernel<L, NT>;
-    if (known[args.chunks] > 0)
-        return known[args.chunks];
+    if (*places > 0)
+        return *places;
     cudaLaunchAttribute attributes[2] = {};
-    cudaLaunchConfig_t config = config_of(device, args, args.chunks, 512, room, attributes);
+    cudaLaunchConfig_t config = cluster_config(device, args, args.chunks, WIDE_TILES * 32, room, attributes);
     int clusters = 0;
+    config.attrs = attributes + 1; // the clusters; overlap is nothing to ask about
     config.numAttrs = 1;
-    if (cuda_failed(device,
-                    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)room),
-                    "preparing a wide product") ||
-        cuda_failed(device, cudaOccupancyMaxActiveClusters(&clusters, kernel, &config),
-                    "preparing a wide product"))
+    if (!cuda_allow_shared(device, "wide product", kernel, room, &allowed) ||
+        cuda_failed(device, cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), "wide product"))
         return 0;
-    known[args.chunks] = clusters > 0 ? (uint32_t)clusters * args.chunks : args.chunks;
-    return known[args.chunks];
+    *places = clusters > 0 ? (uint32_t)clusters * args.chunks : args.chunks;
+    return *places;
 }
 
 template <int L, int NT> static void launch(struct cuda_device *device, const struct product_args &args)
@@ -279,8 +273,8 @@ template <int L, int NT> static void launch(struct cuda_device *device, const st
     size_t sums = args.chunks > 1 ? (size_t)8 * NT * (shape.tiles * CUDA_TILE_ROWS + 4) * sizeof(float) : 0;
     size_t shared = (size_t)shape.stages * shape.stage_bytes;
     cudaLaunchAttribute attributes[2] = {};
-    cudaLaunchConfig_t config = config_of(device, args, blocks_of(args, shape.tiles), shape.tiles * 32,
-                                          sums > shared ? sums : shared, attributes);
+    cudaLaunchConfig_t config = cluster_config(device, args, blocks_of(args, shape.tiles), shape.tiles * 32,
+                                               sums > shared ? sums : shared, attributes);
     cuda_failed(device, cudaLaunchKernelEx(&config, product_wide_kernel<L, NT>, args, shape), "wide product");
 }
 

@@ -44,7 +44,9 @@ void cuda_record_end(struct device *base)
     device->is_recording = false;
     if (cuda_failed(device, cudaStreamEndCapture(device->stream, &graph), "recording a step"))
         return;
-    bool made = !cuda_failed(device, cudaGraphInstantiate(&program, graph, 0), "preparing a recorded step");
+    bool whole = !device->fault.status; // what failed while it was recorded is missing in it
+    bool made =
+        whole && !cuda_failed(device, cudaGraphInstantiate(&program, graph, 0), "preparing a recorded step");
     cudaGraphDestroy(graph);
     if (!made)
         return;
