@@ -8,7 +8,8 @@
 //   executor's thread.
 // - Pointers marked [device] came from `alloc`, the others are host memory that may be reused when the call
 //   returns; only `fetch` writes later, into memory from `alloc_host`.
-// - Matrices are row-major; T is the number of token positions of the batch. No op allocates after warm-up.
+// - Matrices are row-major; T is the number of token positions of the batch. After warm-up no op takes device
+//   memory but one that records a program.
 // - Batch invariance: what an op writes for one row depends on nothing but that row's inputs: not on T, not
 // on which
 //   rows stand beside it, not on thread count. Sums have one order, fixed by width and absolute position

@@ -3,9 +3,9 @@
 
 Prints a table: tokens a second, the part of the card's limit that is, and what llama.cpp gave on an H200, with the
 ratio where this is one. The limit of decoding is memory: the weights once a step and the keys and values of every
-sequence, at the bandwidth measured on that card. The limit of prefill is arithmetic: two operations a weight and token,
-at the rate of a large bf16 product. The models have random weights; they are made in --models when they are not there,
-and removed again when they were made here (unless --keep).
+sequence, at the bandwidth measured on that card. The limit of prefill is arithmetic: two operations for each token and
+weight that it meets, at the rate of a large bf16 product. The models have random weights; they are made in --models
+when they are not there, and removed again when they were made here (unless --keep).
 
 The case "online" serves the model with `strata serve` and loads it with `strata bench` over gRPC: all tokens a second,
 prompts and answers, and which part that is of what the engine alone does with as many (its prefill, then its decoding,
@@ -85,11 +85,12 @@ def make_model(a, shape, mix):
 
 
 def weight_figures(shape, mix, vocab_file):
-    """What a step reads of the weights in bytes (all but the rows it does not look up), their number, and the bytes of
-    keys and values of one position."""
+    """What a step reads of the weights in bytes (all but the rows it does not look up), how many of them every prompt
+    token meets (not the head, nor the last layer's FFN), and the bytes of keys and values of one position."""
     a = make_gguf.parse(["x", "--shape", f"llama-{shape}", "--mix", mix])
     vocab_size = make_gguf.tokenizer_keys(vocab_file)[1] if vocab_file else a.vocab_size
     total = count = 0
+    last_only = ("output.weight", f"blk.{a.layers - 1}.ffn_")
     for name, kind, dims, _ in make_gguf.tensor_table(a, vocab_size):
         if name == "token_embd.weight":
             continue
@@ -98,7 +99,7 @@ def weight_figures(shape, mix, vocab_file):
         for d in dims:
             n *= d
         total += n // per * size
-        count += n
+        count += 0 if name.startswith(last_only) else n
     return total, count, a.layers * 2 * a.kv_heads * a.head_dim * 2
 
 

@@ -14,8 +14,9 @@
 // operations from feed to logits are recorded once a size, then replayed. A padding row computes token 0 at
 // position 0 of a slot of its own, which has a page of its own; nobody looks at it.
 //
-// Steady steps allocate nothing. Feedback is read when a row needs it, and at the latest a few steps after it
-// was sent, so that the last stage never waits for room to send.
+// Steady steps allocate nothing, but for a program of a size that the warm-up had no time for. Feedback is
+// read when a row needs it, and at the latest a few steps after it was sent, so that the last stage never
+// waits for room to send.
 #include "worker/executor.h"
 
 #include <sched.h>
@@ -27,12 +28,14 @@
 #include "worker/kv_cache.h"
 #include "worker/sample_ring.h"
 #include "worker/slot_table.h"
+#include "worker/stage_links.h"
 #include "worker/step_head.h"
 #include "worker/workspace.h"
 
 enum {
     SPIN_US = 50,              // how long a wait for the device is busy, before it sleeps for
-    NAP_US = 20,               // so long at a time
+    NAP_US = 20,               // so long at a time,
+    CHECK_US = 1000,           // and looks at the links in between
     PROGRAM_BYTES = 128 << 20, // set aside for programs and code, where there are any
     WARM_UP_US = 1500000,      // after so long the sizes that are left wait for their first use
 };
@@ -454,6 +457,29 @@ static int make_batch(struct executor *executor, struct work *work, struct error
     return STATUS_OK;
 }
 
+// --- waiting for the device ---
+
+// Until the device is at `mark`, or a neighbour is gone whose message it waits for.
+static int wait_for(struct executor *executor, uint64_t mark, struct error *error)
+{
+    const struct stage_links links = {executor->to_next, executor->from_previous};
+    int64_t begin = clock_now_us(), checked = begin;
+    for (;;) {
+        int reached = executor->ops->reached(executor->device, mark, error);
+        if (reached)
+            return reached < 0 ? reached : STATUS_OK;
+        int64_t now = clock_now_us();
+        int status = now - checked < CHECK_US ? STATUS_OK : stage_links_check(&links, error);
+        if (status)
+            return status;
+        checked = now - checked < CHECK_US ? checked : now;
+        if (now - begin < SPIN_US)
+            sched_yield();
+        else
+            clock_sleep_us(NAP_US);
+    }
+}
+
 // --- the residual, from stage to stage ---
 
 static int receive_residual(struct executor *executor, const struct work *work, struct error *error)
@@ -474,8 +500,11 @@ static int send_residual(struct executor *executor, const struct work *work, str
     size_t bytes = (size_t)work->n_tokens * executor->width * sizeof(float);
     if (executor->to_next->on_device)
         return send_on(executor, work->plan->number, ws->residual, bytes, error);
+    int status = wait_for(executor, executor->ops->mark(executor->device), error);
+    if (status)
+        return status;
     executor->ops->download(executor->device, ws->host.residual, ws->residual, bytes);
-    int status = executor->ops->sync(executor->device, error);
+    status = executor->ops->sync(executor->device, error);
     return status ? status : send_on(executor, work->plan->number, ws->host.residual, bytes, error);
 }
 
@@ -583,22 +612,6 @@ int executor_warm_up(struct executor *executor, struct error *error)
         status = warm_program(executor, n, error);
     }
     return status ? status : executor->ops->sync(executor->device, error);
-}
-
-// --- waiting for the device ---
-
-static int wait_for(struct executor *executor, uint64_t mark, struct error *error)
-{
-    int64_t begin = clock_now_us();
-    for (;;) {
-        int reached = executor->ops->reached(executor->device, mark, error);
-        if (reached)
-            return reached < 0 ? reached : STATUS_OK;
-        if (clock_now_us() - begin < SPIN_US)
-            sched_yield();
-        else
-            clock_sleep_us(NAP_US);
-    }
 }
 
 // --- submitting ---

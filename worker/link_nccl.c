@@ -11,8 +11,8 @@
 // The end is always ncclCommAbort, once: an epoch ends because something is wrong, and an orderly end would
 // wait for the neighbour. It also waits for what this end has queued, which may wait for the other link of
 // the stage, so each link has a guard, a thread that sleeps until the end and sees to it: two links end at
-// once. `calls` is held around every use of the communicator; only the guard ever makes the device's thread
-// wait for it, so a lock that is taken means that the link is over.
+// once. Once a link is made, `calls` is held around every use of its communicator; only the guard ever makes
+// the device's thread wait for it, so a lock that is taken means that the link is over.
 #include "worker/link_nccl.h"
 
 #include <cuda_runtime_api.h>

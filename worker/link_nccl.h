@@ -47,9 +47,9 @@ enum { LINK_NCCL_IS_BUILT = 1 };
 uint32_t link_nccl_version(const struct device *device);
 // A name no other GPU has, "" when it cannot be found out.
 void link_nccl_device_name(const struct device *device, char *out, size_t capacity);
-// For one communicator, once. This process must be one of its ranks.
+// For one communicator; one that was never used may be offered again. This process must be one of its ranks.
 int link_nccl_make_id(unsigned char id[LINK_NCCL_ID_BYTES], struct error *error);
-// Device memory that one end takes, NCCL's own buffers as measured.
+// Device memory that one end takes, NCCL's own buffers as estimated.
 uint64_t link_nccl_plan_bytes(const struct link_nccl_shape *shape, bool sender);
 // Makes the ends of this stage together: a ring of stages that made one after the other would wait in a
 // circle. Each edge is tried with a message before this returns. Gives up after timeout_us, or when *cancel

@@ -406,12 +406,13 @@ static void run_assign(struct step_service *service, const struct job *job)
     int status = load(service, job, &totals, &plan, &error);
     if (!status)
         status = offer_link_id(service, &loaded, link_id, &error);
-    note_memory(service);
     if (status) {
         fail(service, job->epoch, NULL, &error);
         service->fits_pages = 0;
-        return;
     }
+    note_memory(service);
+    if (status)
+        return;
     pthread_mutex_lock(&service->mutex);
     service->epoch = job->epoch;
     service->steps_done = service->compute_us = service->wait_us = 0;
