@@ -59,6 +59,18 @@ static int ask_worker(const char *programs, uint32_t *devices, uint32_t *n, stru
     return status;
 }
 
+static int check_there(uint32_t device, const uint32_t *found, uint32_t n_found, struct error *error)
+{
+    for (uint32_t i = 0; i < n_found; i++) {
+        if (found[i] == device)
+            return STATUS_OK;
+    }
+    return error_set(
+        error, STATUS_INVALID,
+        "--devices names GPU %u, and %s here that Strata can use; see strata-worker --list-devices", device,
+        n_found ? "it is none of those" : "there is none");
+}
+
 int cli_devices_read(const char *text, const char *programs, uint32_t devices[MAX_STAGES], uint32_t *n,
                      struct error *error)
 {
@@ -67,5 +79,11 @@ int cli_devices_read(const char *text, const char *programs, uint32_t devices[MA
         return STATUS_OK;
     if (strcmp(text, "all") == 0)
         return ask_worker(programs, devices, n, error);
-    return read_list(text, devices, n, error);
+    uint32_t found[MAX_STAGES], n_found = 0;
+    int status = read_list(text, devices, n, error);
+    if (!status)
+        status = ask_worker(programs, found, &n_found, error);
+    for (uint32_t i = 0; !status && i < *n; i++)
+        status = check_there(devices[i], found, n_found, error);
+    return status;
 }

@@ -262,7 +262,8 @@ static void worker_ended(struct supervisor *s, uint32_t index, int wait_status)
         return;
     int exit_code = WIFEXITED(wait_status) ? WEXITSTATUS(wait_status) : 0;
     if (exit_code >= FIRST_FINAL_EXIT && exit_code <= LAST_FINAL_EXIT) {
-        static const char *const reasons[] = {"was given wrong options", "cannot use this model",
+        static const char *const reasons[] = {"was given wrong options",
+                                              "cannot use this model, or this machine for it (it said why)",
                                               "was sent away by the coordinator"};
         log_error("worker %u %s", index, reasons[exit_code - FIRST_FINAL_EXIT]);
         s->failed = true;

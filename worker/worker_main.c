@@ -81,7 +81,7 @@ static const char ABOUT[] =
     "One worker of a pool: joins the coordinator, loads the layers it is given, runs their share of every "
     "step. "
     "It may be started before its coordinator and outlives its restarts, keeping the weights. Exit codes: 0 "
-    "stopped by SIGTERM or SIGINT; 1 failed; 2 wrong options; 3 unusable model; 4 refused by the "
+    "stopped by SIGTERM or SIGINT; 1 failed; 2 wrong options; 3 unusable model or backend; 4 refused by the "
     "coordinator; 5 no coordinator found in time; 6 the GPU is broken for this process, and a new one has to "
     "be "
     "started.";

@@ -113,6 +113,8 @@ def test_devices():
         assert len(stages) == 2 and all(stage["device"].startswith("cpu") for stage in stages), stages
     done = run("serve", e2e.small_model(), "--devices", "first")
     assert done.returncode == 1 and "--devices 'first' is neither" in done.stderr, done.stderr
+    done = run("serve", e2e.small_model(), "--devices", "0,63")
+    assert done.returncode == 1 and "--devices names GPU " in done.stderr, done.stderr
 
 
 def test_no_server_is_said_plainly():
