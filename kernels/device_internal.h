@@ -28,6 +28,12 @@ struct device {
 void kernel_project(struct device *device, struct activation *x, uint32_t rows, const struct row_norm *norm,
                     const struct matmul_part *parts, uint32_t n_parts, struct activation *gated);
 
+// The op project_qkv as project and attn_prepare.
+void kernel_project_qkv(struct device *device, struct activation *x, const struct row_norm *norm,
+                        const struct matmul_part *parts, uint32_t n_parts, const struct qkv_args *qkv,
+                        const struct attention_shape *shape, const struct kv_layer *kv,
+                        const struct batch *batch);
+
 extern const struct device_backend cpu_backend;
 extern const struct device_backend cuda_backend; // STRATA_HAVE_CUDA
 

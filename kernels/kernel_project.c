@@ -1,5 +1,5 @@
-// The op project in its parts, for backends that gain nothing from doing them at once. On the executor's
-// thread.
+// The ops project and project_qkv in their parts, for backends that gain nothing from doing them at once. On
+// the executor's thread.
 #include "kernels/device_internal.h"
 
 void kernel_project(struct device *device, struct activation *x, uint32_t rows, const struct row_norm *norm,
@@ -10,4 +10,13 @@ void kernel_project(struct device *device, struct activation *x, uint32_t rows, 
     ops->matmul(device, x, rows, parts, n_parts);
     if (gated)
         ops->ffn_activate(device, gated, parts[0].out, parts[1].out, parts[0].out_stride, rows);
+}
+
+void kernel_project_qkv(struct device *device, struct activation *x, const struct row_norm *norm,
+                        const struct matmul_part *parts, uint32_t n_parts, const struct qkv_args *qkv,
+                        const struct attention_shape *shape, const struct kv_layer *kv,
+                        const struct batch *batch)
+{
+    device->ops->project(device, x, batch->n_tokens, norm, parts, n_parts, NULL);
+    device->ops->attn_prepare(device, qkv, shape, kv, batch);
 }

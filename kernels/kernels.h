@@ -28,6 +28,8 @@
 #include "common/step_plan.h"
 #include "kernels/device.h"
 
+enum { DEVICE_STAMPS = 64 }; // see `stamp`
+
 // --- operands ---
 
 // A quantized matrix in the device's own layout. out[n] = sum over k of w[n][k] * x[k].
@@ -187,10 +189,16 @@ struct kernel_ops {
     uint64_t (*mark)(struct device *);
     int (*reached)(struct device *, uint64_t mark, struct error *error);
 
+    // Times. stamp: notes when the device is through with what was queued so far. stamp_us: that time, on the
+    // clock of clock_now_us, once a mark that was taken after the stamp has been reached; good to some
+    // microseconds. The last DEVICE_STAMPS are remembered. Neither waits for the device.
+    uint64_t (*stamp)(struct device *);
+    int64_t (*stamp_us)(struct device *, uint64_t stamp);
+
     // Programs: the ops between `record` and `record_end` are kept under `key` (and queued); `replay` queues
     // them again at little cost, with the same addresses and sizes. replay is false when nothing is kept
-    // under that key, or the backend keeps nothing. In between: no alloc, upload, download, sync, sample or
-    // score. `forget` drops every program.
+    // under that key, or the backend keeps nothing. In between: no alloc, upload, download, sync, stamp,
+    // sample or score. `forget` drops every program.
     bool (*replay)(struct device *, uint32_t key);
     void (*record)(struct device *, uint32_t key);
     void (*record_end)(struct device *);
@@ -240,6 +248,12 @@ struct kernel_ops {
     // positions. q in place.
     void (*attn_prepare)(struct device *, const struct qkv_args *qkv, const struct attention_shape *shape,
                          const struct kv_layer *kv, const struct batch *batch);
+    // project, then attn_prepare of what came out, as one: parts are q, k and v, or one of all their rows. A
+    // backend may leave x and what it has rounded into the pages unwritten.
+    void (*project_qkv)(struct device *, struct activation *x, const struct row_norm *norm,
+                        const struct matmul_part *parts, uint32_t n_parts, const struct qkv_args *qkv,
+                        const struct attention_shape *shape, const struct kv_layer *kv,
+                        const struct batch *batch);
     // out[t] = softmax(q[t] K) V over the positions <= positions[t] of its sequence; out.width = n_heads *
     // head_size
     void (*attention)(struct device *, struct activation *out, const float *q, uint32_t q_stride,

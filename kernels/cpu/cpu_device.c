@@ -16,6 +16,8 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 
+#include "common/clock.h"
+
 // --- levels ---
 
 static uint32_t best_level(uint32_t index)
@@ -264,6 +266,17 @@ int cpu_reached(struct device *device, uint64_t mark, struct error *error)
 {
     int status = cpu_sync(device, error);
     return status ? status : 1;
+}
+
+// A stamp is the time itself.
+uint64_t cpu_stamp(struct device *device)
+{
+    return (uint64_t)clock_now_us();
+}
+
+int64_t cpu_stamp_us(struct device *device, uint64_t stamp)
+{
+    return (int64_t)stamp;
 }
 
 bool cpu_replay(struct device *device, uint32_t key)

@@ -218,6 +218,8 @@ void *cpu_alloc_host(struct device *device, size_t bytes);
 void cpu_free_host(struct device *device, void *memory);
 uint64_t cpu_mark(struct device *device);
 int cpu_reached(struct device *device, uint64_t mark, struct error *error);
+uint64_t cpu_stamp(struct device *device);
+int64_t cpu_stamp_us(struct device *device, uint64_t stamp);
 bool cpu_replay(struct device *device, uint32_t key);
 void cpu_record(struct device *device, uint32_t key);
 void cpu_record_end(struct device *device);

@@ -7,12 +7,14 @@
     .download = cpu_download, .copy = cpu_copy, .sync = cpu_sync, .alloc_host = cpu_alloc_host,              \
     .free_host = cpu_free_host, .fetch = cpu_download, .mark = cpu_mark, .reached = cpu_reached,             \
     .replay = cpu_replay, .record = cpu_record, .record_end = cpu_record_end, .forget = cpu_record_end,      \
-    .feed = cpu_feed, .store = cpu_store, .project = kernel_project, .sampler_bytes = cpu_sampler_bytes,     \
-    .matrix_bytes = cpu_matrix_bytes, .matrix_pack = cpu_matrix_pack, .matrix_forms = cpu_matrix_forms,      \
-    .activation_bytes = cpu_activation_bytes, .kv_page_bytes = cpu_kv_page_bytes, .embed = cpu_embed,        \
-    .attn_prepare = cpu_attn_prepare, .attention = cpu_attention, .sampler_new = cpu_sampler_new,            \
-    .sampler_free = cpu_sampler_free, .sampler_open = cpu_sampler_open, .sampler_close = cpu_sampler_close,  \
-    .sample = cpu_sample, .score = cpu_score, .scratch_bytes = cpu_scratch_bytes, .reserve = cpu_reserve
+    .feed = cpu_feed, .store = cpu_store, .project = kernel_project, .project_qkv = kernel_project_qkv,      \
+    .sampler_bytes = cpu_sampler_bytes, .matrix_bytes = cpu_matrix_bytes, .matrix_pack = cpu_matrix_pack,    \
+    .matrix_forms = cpu_matrix_forms, .activation_bytes = cpu_activation_bytes,                              \
+    .kv_page_bytes = cpu_kv_page_bytes, .embed = cpu_embed, .attn_prepare = cpu_attn_prepare,                \
+    .attention = cpu_attention, .sampler_new = cpu_sampler_new, .sampler_free = cpu_sampler_free,            \
+    .sampler_open = cpu_sampler_open, .sampler_close = cpu_sampler_close, .stamp = cpu_stamp,                \
+    .stamp_us = cpu_stamp_us, .sample = cpu_sample, .score = cpu_score, .scratch_bytes = cpu_scratch_bytes,  \
+    .reserve = cpu_reserve
 
 static const struct kernel_ops PORTABLE = {
     .name = "portable",

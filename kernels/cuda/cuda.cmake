@@ -1,13 +1,18 @@
 # The CUDA backend, where there is a compiler for it. strata_kernels links it and tells with STRATA_HAVE_CUDA.
 #
 #   -DSTRATA_CUDA=AUTO | ON | OFF      AUTO: when nvcc is found
+#   -DSTRATA_CUDA=EMULATED             the kernels on this processor, for the tests (tests/emulator)
 #   -DSTRATA_CUDA_ARCH=90a-real        the GPUs to compile for, as CMAKE_CUDA_ARCHITECTURES takes them
 #   -DCMAKE_CUDA_COMPILER_LAUNCHER=ccache
-set(STRATA_CUDA AUTO CACHE STRING "CUDA kernels: AUTO, ON or OFF")
+set(STRATA_CUDA AUTO CACHE STRING "CUDA kernels: AUTO, ON, OFF or EMULATED")
 set(STRATA_CUDA_ARCH 90a-real CACHE STRING "GPU architectures, as CMAKE_CUDA_ARCHITECTURES takes them")
 set(STRATA_HAVE_CUDA OFF)
 set(STRATA_HAVE_NCCL OFF)
 if(STRATA_CUDA STREQUAL OFF)
+  return()
+endif()
+if(STRATA_CUDA STREQUAL EMULATED)
+  include(tests/emulator/emulator.cmake)
   return()
 endif()
 set(CMAKE_CUDA_ARCHITECTURES ${STRATA_CUDA_ARCH})

@@ -6,6 +6,19 @@
 #include "kernels/cuda/cuda_kv.cuh"
 #include "kernels/cuda/cuda_mma.cuh"
 
+// Two floats as halves in one word, the first in the low half.
+__device__ __forceinline__ uint32_t halves_of(float low, float high)
+{
+    __half2 pair = __floats2half2_rn(low, high);
+    return *(uint32_t *)&pair;
+}
+
+// The same, for numbers that may lie beyond a half's range.
+__device__ __forceinline__ uint32_t bounded_halves_of(float low, float high)
+{
+    return halves_of(fminf(fmaxf(low, -65504.0f), 65504.0f), fminf(fmaxf(high, -65504.0f), 65504.0f));
+}
+
 struct attention_args {
     const float *q; // [T][q_stride]
     uint32_t q_stride;

@@ -434,7 +434,6 @@ __global__ void __launch_bounds__(DECODE_THREADS) attention_decode_kernel(const 
     float *scores = (float *)(values + shape::IMAGE);
     const attention_args &a = args.a;
     cuda_release();
-    cuda_wait();
     decode_task task = find_task(args, 8 * QUERY_TILES);
     uint32_t n_splits = task.last_split - task.first_split + 1, blocks = min(n_splits, gridDim.z);
     if (blockIdx.z >= n_splits)
@@ -442,6 +441,7 @@ __global__ void __launch_bounds__(DECODE_THREADS) attention_decode_kernel(const 
     decode_cursor<shape::STEP> now, next;
     now.enter(task, task.last_split - blockIdx.z);
     uint32_t seen = now.seen(task), page = now.page(task);
+    cuda_wait();
     start_keys<WIDTH, shape>(a, task, keys, page, now.from, seen);
     start_values<WIDTH, shape>(a, task, values, page, now.from, seen);
     decode_state<WIDTH, QUERY_TILES> state;

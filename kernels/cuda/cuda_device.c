@@ -80,6 +80,7 @@ static void close_device(struct device *base)
         cudaStreamSynchronize(device->stream);
     cuda_forget(base);
     cuda_gemm_close(device);
+    cuda_stamps_close(device);
     cuda_memory_close(device);
     if (device->stream)
         cudaStreamDestroy(device->stream);
@@ -120,6 +121,8 @@ static int set_up(struct cuda_device *device, struct error *error)
     snprintf(device->description, sizeof(device->description), "cuda %d: %.100s, %.0f GB", device->index,
              properties.name, (double)properties.totalGlobalMem / 1e9);
     int status = cuda_memory_open(device, error);
+    if (!status)
+        status = cuda_stamps_open(device, error);
     return status ? status : cuda_gemm_open(device, error);
 }
 

@@ -18,6 +18,7 @@ enum {
     CUDA_K_BLOCK = 256,       // weights' widths are padded to whole blocks of so many
     CUDA_TILE_ROWS = 16,      // and their rows to whole tiles
     CUDA_GROUP_ROWS = 64,     // rows of an activation that one decode product takes
+    CUDA_FEW_ROWS = 16,       // more rows of generated tokens than these lie otherwise: see cuda_kernel.cuh
     CUDA_BLOCK_BYTES = 576,   // one row of an activation, one K block: see cuda_kernel.cuh
     CUDA_MAX_PROGRAMS = 256,  // recorded programs
     CUDA_MARKS = 64,          // marks that can be outstanding
@@ -30,6 +31,7 @@ enum {
 
 struct cuda_staging; // pinned memory that uploads pass through (cuda_memory.c)
 struct cuda_load;    // the threads that read weights (cuda_load.c)
+struct cuda_stamps;  // events with times, and what ties them to the host's clock (cuda_stamp.c)
 struct cuda_gemm;    // the library's handle and pinned algorithms (cuda_gemm.cu)
 
 struct cuda_device {
@@ -42,6 +44,7 @@ struct cuda_device {
     uint64_t fault_mark; // the next mark when it was noted: those before it are none the worse
     struct cuda_staging *staging;
     struct cuda_load *load; // NULL before the first matrix
+    struct cuda_stamps *stamps;
     struct cuda_gemm *gemm;
     void *scratch; // [device] grows while weights are packed and stages planned, never in a step
     size_t scratch_bytes;
@@ -98,6 +101,12 @@ int cuda_reserve(struct device *device, size_t bytes, struct error *error);
 uint8_t *cuda_segment_take(struct cuda_device *device, uint32_t *segment);
 void cuda_segment_used(struct cuda_device *device, uint32_t segment);
 
+// cuda_stamp.c
+int cuda_stamps_open(struct cuda_device *device, struct error *error);
+void cuda_stamps_close(struct cuda_device *device);
+uint64_t cuda_stamp(struct device *device);
+int64_t cuda_stamp_us(struct device *device, uint64_t stamp);
+
 // cuda_load.c
 int cuda_matrix_load(struct device *device, const struct matrix *matrix, const struct matrix_source *source,
                      struct error *error);
@@ -140,6 +149,10 @@ void cuda_matmul(struct device *device, const struct activation *x, uint32_t row
                  const struct matmul_part *parts, uint32_t n_parts);
 void cuda_project(struct device *device, struct activation *x, uint32_t rows, const struct row_norm *norm,
                   const struct matmul_part *parts, uint32_t n_parts, struct activation *gated);
+void cuda_project_qkv(struct device *device, struct activation *x, const struct row_norm *norm,
+                      const struct matmul_part *parts, uint32_t n_parts, const struct qkv_args *qkv,
+                      const struct attention_shape *shape, const struct kv_layer *kv,
+                      const struct batch *batch);
 int cuda_gemm_open(struct cuda_device *device, struct error *error);
 void cuda_gemm_close(struct cuda_device *device);
 // out[t] (+)= weight x[t] + bias for the prompt rows of x, t < rows - x->n_generated.

@@ -2,16 +2,26 @@
 //
 // Programmatic dependent launch: a kernel may start before its predecessor in the stream has ended. So every
 // kernel launched with cuda_launch calls cuda_wait() in all threads before it touches memory that any earlier
-// kernel reads or writes (weights, which nobody writes in a step, may be read before), and may call
-// cuda_release() as soon as its successor's early part would do no harm.
+// kernel reads or writes, and may call cuda_release() as soon as its successor's early part would do no harm.
+// Before the wait it may read what no kernel writes while steps run: weights, and the batch's positions,
+// slots, page tables and spans, which are uploaded before the step's first kernel.
 //
 // Activations. Rows are kept as halves of x / unit, K padded to whole blocks of 256 with zeros (the buffer is
-// zero when allocated, and nobody writes the padding). Rows of generated tokens lie in groups of 64, inside a
-// group by K block and then by row, one record of 576 bytes each: 256 halves, then the sums of 16 halves
-// each, over 64 and as two halves (high part, rest), for the minimums of quantized types; in the order in
-// which a tensor-core fragment reads them: for t in 0..3 the high parts of sums 2t, 2t+1, 2t+8, 2t+9, then
-// their rests. (576 is 64 modulo 128: eight lanes that read 16 bytes of two neighbouring rows hit all banks
-// once.) Rows of prompts lie after all groups, plainly: [row][padded width].
+// zero when allocated; what steps of another number of rows leave in the padding is finite, and meets weights
+// of zero). Rows of generated tokens lie in groups of 64, inside a group by K block, 576 bytes a row: 256
+// halves, and the sums of 16 halves each, over 64 and as two halves (high part, rest), for the minimums of
+// quantized types. Rows of prompts lie after all groups, plainly: [row][padded width].
+//
+// With up to CUDA_FEW_ROWS generated rows a K block has one record of 576 bytes a row: the halves in order,
+// then the sums in the order in which a lane's tensor-core fragment reads them: for t in 0..3 the high parts
+// of sums 2t, 2t+1, 2t+8, 2t+9, then their rests. (576 is 64 modulo 128: eight lanes that read 16 bytes of
+// two neighbouring rows hit all banks once.)
+//
+// With more, a K block lies as the tensor cores read it from shared memory (cuda_wgmma.cuh): first the
+// halves, [eight rows][64 of K][row][128 bytes], units of 16 bytes swapped by the row's number (unit u at u ^
+// row); then the sums, [eight rows][row][64 bytes: high parts, rests], unit u at u ^ row / 2. Of each 32 of
+// K, eight have one lane t, as with packed weights (cuda_record.cuh): its elements 2p and 2p + 1 are pair t
+// of unit p.
 #ifndef STRATA_CUDA_KERNEL_CUH
 #define STRATA_CUDA_KERNEL_CUH
 
@@ -36,31 +46,46 @@ __device__ __forceinline__ void cuda_release()
 #endif
 }
 
-// A launch on the device's stream that may start before its predecessor has ended. `overlap` must live as
-// long as the result; further attributes may stand behind it.
+// A launch on the device's stream that may start before its predecessor has ended, of clusters of `cluster`
+// blocks along x (0: none, also before sm_90). `attributes` must live as long as the result.
+enum { CUDA_LAUNCH_ATTRIBUTES = 2 };
+
 static inline cudaLaunchConfig_t cuda_launch_config(const struct cuda_device *device, dim3 grid, dim3 block,
-                                                    size_t shared, cudaLaunchAttribute *overlap)
+                                                    size_t shared, uint32_t cluster,
+                                                    cudaLaunchAttribute *attributes)
 {
     cudaLaunchConfig_t config = {};
-    overlap->id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap->val.programmaticStreamSerializationAllowed = 1;
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = cluster;
+    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
     config.gridDim = grid;
     config.blockDim = block;
     config.dynamicSmemBytes = shared;
     config.stream = device->stream;
-    config.attrs = overlap;
-    config.numAttrs = 1;
+    config.attrs = attributes;
+    config.numAttrs = cluster > 0 ? 2 : 1;
     return config;
 }
 
-// Queues kernel<<<grid, block, shared>>>(arguments) on the device's stream; a failure becomes its fault.
+// Queues kernel<<<grid, block, shared>>>(arguments) on the device's stream, in clusters; a failure becomes
+// its fault.
+template <typename... Parameters, typename... Arguments>
+void cuda_launch_clusters(struct cuda_device *device, const char *name, void (*kernel)(Parameters...),
+                          dim3 grid, dim3 block, size_t shared, uint32_t cluster, Arguments... arguments)
+{
+    cudaLaunchAttribute attributes[CUDA_LAUNCH_ATTRIBUTES] = {};
+    cudaLaunchConfig_t config = cuda_launch_config(device, grid, block, shared, cluster, attributes);
+    cuda_failed(device, cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
+}
+
+// The same without.
 template <typename... Parameters, typename... Arguments>
 void cuda_launch(struct cuda_device *device, const char *name, void (*kernel)(Parameters...), dim3 grid,
                  dim3 block, size_t shared, Arguments... arguments)
 {
-    cudaLaunchAttribute overlap = {};
-    cudaLaunchConfig_t config = cuda_launch_config(device, grid, block, shared, &overlap);
-    cuda_failed(device, cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
+    cuda_launch_clusters(device, name, kernel, grid, block, shared, 0, arguments...);
 }
 
 // Lets a kernel have `shared` bytes of dynamic shared memory; once for each device and instance, whose
@@ -88,6 +113,7 @@ struct activation_view {
     __half *rows;          // rows [n_generated, ...)
     uint32_t k_blocks;     // padded width / 256
     uint32_t n_generated;
+    bool many;      // generated rows: more than CUDA_FEW_ROWS
     float per_unit; // 1 / unit
 };
 
@@ -109,23 +135,23 @@ static inline struct activation_view activation_view_of(const struct activation 
                            activation_groups(activation->rows) * activation_group_bytes(activation->width));
     view.k_blocks = cuda_padded_width(activation->width) / CUDA_K_BLOCK;
     view.n_generated = activation->n_generated;
+    view.many = activation->n_generated > CUDA_FEW_ROWS;
     view.per_unit = activation->unit == 0 ? 1.0f : 1.0f / activation->unit;
     return view;
+}
+
+// The K block of a group of generated rows.
+__device__ __forceinline__ unsigned char *activation_block(const struct activation_view &view, uint32_t row,
+                                                           uint32_t k_block)
+{
+    return view.groups +
+           ((size_t)row / CUDA_GROUP_ROWS * view.k_blocks + k_block) * CUDA_GROUP_ROWS * CUDA_BLOCK_BYTES;
 }
 
 __device__ __forceinline__ unsigned char *activation_record(const struct activation_view &view, uint32_t row,
                                                             uint32_t k_block)
 {
-    size_t group = row / CUDA_GROUP_ROWS, in_group = row % CUDA_GROUP_ROWS;
-    return view.groups + ((group * view.k_blocks + k_block) * CUDA_GROUP_ROWS + in_group) * CUDA_BLOCK_BYTES;
-}
-
-// Where the halves from element k of a row lie: contiguous to the end of k's block.
-__device__ __forceinline__ __half *activation_at(const struct activation_view &view, uint32_t row, uint32_t k)
-{
-    if (row < view.n_generated)
-        return (__half *)activation_record(view, row, k / CUDA_K_BLOCK) + k % CUDA_K_BLOCK;
-    return view.rows + (size_t)(row - view.n_generated) * view.k_blocks * CUDA_K_BLOCK + k;
+    return activation_block(view, row, k_block) + row % CUDA_GROUP_ROWS * CUDA_BLOCK_BYTES;
 }
 
 // Stores sum s (of the rounded halves 16 s to 16 s + 15) of a record.
@@ -136,6 +162,31 @@ __device__ __forceinline__ void activation_store_sum(unsigned char *record, uint
     __half high = __float2half_rn(scaled);
     at[0] = high;
     at[4] = __float2half_rn(scaled - __half2float(high));
+}
+
+// The same in a block of many rows.
+__device__ __forceinline__ void activation_store_sum_of_many(unsigned char *block, uint32_t row, uint32_t s,
+                                                             float sum)
+{
+    uint32_t r = row % 8;
+    unsigned char *at = block + CUDA_GROUP_ROWS * 2 * CUDA_K_BLOCK + row % CUDA_GROUP_ROWS * 64 + s % 8 * 2;
+    float scaled = sum / 64;
+    __half high = __float2half_rn(scaled);
+    *(__half *)(at + (s / 8 ^ r / 2) * 16) = high;
+    *(__half *)(at + ((2 + s / 8) ^ r / 2) * 16) = __float2half_rn(scaled - __half2float(high));
+}
+
+// Stores the eight halves from element k (a multiple of 8) of a K block of many rows.
+__device__ __forceinline__ void activation_store_of_many(unsigned char *block, uint32_t row, uint32_t k,
+                                                         uint4 halves)
+{
+    uint32_t in_group = row % CUDA_GROUP_ROWS, r = in_group % 8, unit = k % 64 / 32 * 4;
+    unsigned char *at =
+        block + in_group / 8 * (8 * 2 * CUDA_K_BLOCK) + k / 64 * 1024 + r * 128 + k % 32 / 8 * 4;
+    *(unsigned *)(at + (unit ^ r) * 16) = halves.x;
+    *(unsigned *)(at + ((unit + 1) ^ r) * 16) = halves.y;
+    *(unsigned *)(at + ((unit + 2) ^ r) * 16) = halves.z;
+    *(unsigned *)(at + ((unit + 3) ^ r) * 16) = halves.w;
 }
 
 // x / unit as the half that is stored; what is too large stays finite.
@@ -177,13 +228,24 @@ __device__ __forceinline__ void activation_store8(const struct activation_view &
     uint4 halves = activation_round8(view, x, &sum);
     if (!live)
         return;
-    *(uint4 *)activation_at(view, row, k) = halves;
-    if (k % 16 == 0 && row < view.n_generated)
-        activation_store_sum(activation_record(view, row, k / CUDA_K_BLOCK), k % CUDA_K_BLOCK / 16, sum);
+    uint32_t inside = k % CUDA_K_BLOCK;
+    if (row >= view.n_generated) {
+        *(uint4 *)(view.rows + (size_t)(row - view.n_generated) * view.k_blocks * CUDA_K_BLOCK + k) = halves;
+    } else if (view.many) {
+        unsigned char *block = activation_block(view, row, k / CUDA_K_BLOCK);
+        activation_store_of_many(block, row, inside, halves);
+        if (k % 16 == 0)
+            activation_store_sum_of_many(block, row, inside / 16, sum);
+    } else {
+        unsigned char *record = activation_record(view, row, k / CUDA_K_BLOCK);
+        *(uint4 *)(record + inside * 2) = halves;
+        if (k % 16 == 0)
+            activation_store_sum(record, inside / 16, sum);
+    }
 }
 
-// Stores x, element k of a row of a generated token. Called by whole warps whose 16 lanes from a multiple of
-// 16 on hold 16 neighbouring elements.
+// Stores x, element k of one of few rows of generated tokens. Called by whole warps whose 16 lanes from a
+// multiple of 16 on hold 16 neighbouring elements.
 __device__ __forceinline__ void activation_store1(const struct activation_view &view, uint32_t row,
                                                   uint32_t k, float x, bool live)
 {

@@ -2,9 +2,10 @@
 // of k and v into the pages of their positions (cuda_kv.cuh has their layout).
 //
 // One kernel. A warp takes one or more heads of one token; its lanes take pairs of dimensions that turn
-// together, so that a lane needs a pair's sine and cosine once for all of its heads. Angles are
-// position * frequency reduced to a quarter turn in f64 (in f32 the product alone would be wrong by 0.06 at
-// position 2^20); the rest is f32.
+// together, so that a lane needs a pair's sine and cosine once for all of its heads.
+//
+// Where pairs are neighbours and heads are not normalized, the product that makes q, k and v of few tokens
+// does all this itself (cuda_product_small.cu), with the same bits.
 //
 // Queued by the executor's thread; owns no memory.
 #include "kernels/cuda/cuda_kernel.cuh"
@@ -30,37 +31,12 @@ size_t cuda_kv_page_bytes(const struct device *device, uint32_t n_kv_heads, uint
     return (size_t)2 * n_kv_heads * kv_head_halves(kv_width(head_size)) * sizeof(__half);
 }
 
-// Sine and cosine of position * frequency: what is left of whole quarter turns, in f64, then the series of
-// Cephes' sinf and cosf (S. Moshier) for at most pi / 4.
-__device__ __forceinline__ float2 sine_cosine(uint32_t position, float frequency)
-{
-    double angle = (double)position * frequency;
-    double quarters = rint(angle * 0.63661977236758134308);
-    float r = (float)fma(-quarters, 1.57079632679489661923, angle), r2 = r * r;
-    float sine = ((-1.9515295891e-4f * r2 + 8.3321608736e-3f) * r2 - 1.6666654611e-1f) * r2 * r + r;
-    float cosine =
-        ((2.443315711809948e-5f * r2 - 1.388731625493765e-3f) * r2 + 4.166664568298827e-2f) * r2 * r2 -
-        0.5f * r2 + 1.0f;
-    int turn = (int)quarters & 3;
-    float2 both = turn & 1 ? make_float2(cosine, sine) : make_float2(sine, cosine);
-    if (turn & 2)
-        both.x = -both.x;
-    if ((turn + 1) & 2)
-        both.y = -both.y;
-    return both;
-}
-
 __device__ __forceinline__ float warp_sum(float x)
 {
 #pragma unroll
     for (int distance = 16; distance; distance /= 2)
         x += __shfl_xor_sync(~0u, x, distance);
     return x;
-}
-
-__device__ __forceinline__ __half bounded_half(float x)
-{
-    return __float2half_rn(fminf(fmaxf(x, -65504.0f), 65504.0f));
 }
 
 // A lane's pairs of one head. Pair p is of dimensions first(p) and first(p) + distance(p).
@@ -110,8 +86,8 @@ template <int PAIRS> struct head_pairs {
     {
 #pragma unroll
         for (int j = 0; j < PAIRS; j++)
-            x[j] = make_float2(x[j].x * turns[j].y - x[j].y * turns[j].x,
-                               x[j].x * turns[j].x + x[j].y * turns[j].y);
+            x[j] =
+                make_float2(turned_first(x[j].x, x[j].y, turns[j]), turned_second(x[j].x, x[j].y, turns[j]));
     }
 };
 
@@ -125,7 +101,6 @@ __global__ void __launch_bounds__(PREPARE_THREADS) attn_prepare_kernel(const pre
     for (int j = 0; j < PAIRS; j++)
         turns[j].x = lane + 32 * j < args.half ? args.qkv.rope_frequency[lane + 32 * j] : 0;
     cuda_release();
-    cuda_wait();
     uint32_t position = args.positions[t], in_page = position % KV_PAGE_POSITIONS;
     uint32_t page =
         args.page_tables[(size_t)args.slots[t] * args.table_stride + position / KV_PAGE_POSITIONS];
@@ -133,6 +108,7 @@ __global__ void __launch_bounds__(PREPARE_THREADS) attn_prepare_kernel(const pre
 #pragma unroll
     for (int j = 0; j < PAIRS; j++)
         turns[j] = sine_cosine(position, turns[j].x);
+    cuda_wait();
     uint32_t n_heads = args.n_heads + 2 * args.n_kv_heads;
     for (uint32_t head = warp; head < n_heads; head += gridDim.x * PREPARE_WARPS) {
         bool is_q = head < args.n_heads, is_k = !is_q && head < args.n_heads + args.n_kv_heads;

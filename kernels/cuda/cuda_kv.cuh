@@ -9,6 +9,8 @@
 #ifndef STRATA_CUDA_KV_CUH
 #define STRATA_CUDA_KV_CUH
 
+#include <cuda_fp16.h>
+
 #include "kernels/cuda/cuda_internal.h"
 
 enum { KV_MOST_WIDTH = 256 };
@@ -48,6 +50,45 @@ __host__ __device__ __forceinline__ uint32_t kv_value_at(uint32_t width, uint32_
 {
     uint32_t pair = position / 2;
     return pair * 2 * width + kv_value_chunk(pair, dimension / 4) * 8 + dimension % 4 * 2 + position % 2;
+}
+
+// --- what is kept there: rotated by position, and rounded. The same bits from whichever kernel ---
+
+// Sine and cosine of position * frequency: what is left of whole quarter turns, in f64 (in f32 the product
+// alone would be wrong by 0.06 at position 2^20), then the series of Cephes' sinf and cosf (S. Moshier) for
+// at most pi / 4.
+__device__ __forceinline__ float2 sine_cosine(uint32_t position, float frequency)
+{
+    double angle = (double)position * frequency;
+    double quarters = rint(angle * 0.63661977236758134308);
+    float r = (float)fma(-quarters, 1.57079632679489661923, angle), r2 = __fmul_rn(r, r);
+    float sine = fmaf(fmaf(-1.9515295891e-4f, r2, 8.3321608736e-3f), r2, -1.6666654611e-1f);
+    float cosine = fmaf(fmaf(2.443315711809948e-5f, r2, -1.388731625493765e-3f), r2, 4.166664568298827e-2f);
+    sine = fmaf(__fmul_rn(sine, r2), r, r);
+    cosine = fmaf(__fmul_rn(cosine, r2), r2, fmaf(-0.5f, r2, 1.0f));
+    int turn = (int)quarters & 3;
+    float2 both = turn & 1 ? make_float2(cosine, sine) : make_float2(sine, cosine);
+    if (turn & 2)
+        both.x = -both.x;
+    if ((turn + 1) & 2)
+        both.y = -both.y;
+    return both;
+}
+
+// The first and the second of a pair, turned by an angle of this sine (x) and cosine (y).
+__device__ __forceinline__ float turned_first(float first, float second, float2 turn)
+{
+    return fmaf(first, turn.y, -__fmul_rn(second, turn.x));
+}
+
+__device__ __forceinline__ float turned_second(float first, float second, float2 turn)
+{
+    return fmaf(first, turn.x, __fmul_rn(second, turn.y));
+}
+
+__device__ __forceinline__ __half bounded_half(float x)
+{
+    return __float2half_rn(fminf(fmaxf(x, -65504.0f), 65504.0f));
 }
 
 #endif

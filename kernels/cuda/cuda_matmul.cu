@@ -4,6 +4,7 @@
 // weights: one arithmetic whatever the number of columns, so that a sequence's bits do not depend on its
 // neighbours. Rows of prompts, many at a time, go through cuda_gemm.cu, weights unpacked to halves first.
 // Queued by the executor's thread.
+#include "kernels/cuda/cuda_kv.cuh"
 #include "kernels/cuda/cuda_product.cuh"
 
 // Into how many runs K is cut: enough for all the SMs of a large GPU to have eight warps at work, by the
@@ -50,6 +51,7 @@ static struct product_args group_args(const struct activation *x, uint32_t first
     args.chunks = chunks;
     args.chunk_shift = (uint32_t)__builtin_ctz(chunks);
     args.columns = columns;
+    args.many = view.many;
     args.x = view.groups + first_column / CUDA_GROUP_ROWS * activation_group_bytes(x->width);
     args.unit = x->unit == 0 ? 1 : x->unit;
     return args;
@@ -74,28 +76,37 @@ static bool two_layouts(const struct matmul_part *parts, uint32_t n_parts, int *
     return true;
 }
 
-// All parts at once by the kernel for few columns, with the norm before and the gate after them where given.
+// What stands before and behind products that are one kernel with them. Where NULL, it does not.
+struct surroundings {
+    const struct row_norm *norm;
+    struct activation *gated;
+    const struct product_heads *heads;
+};
+
+// All parts at once by the kernel for few columns.
 static bool multiply_small(struct cuda_device *device, const struct activation *x, uint32_t columns,
-                           const struct row_norm *norm, const struct matmul_part *parts, uint32_t n_parts,
-                           struct activation *gated, uint32_t chunks)
+                           const struct matmul_part *parts, uint32_t n_parts, struct surroundings with,
+                           uint32_t chunks)
 {
     struct product_args args = group_args(x, 0, columns, chunks);
     int layout, other;
-    if (!two_layouts(parts, n_parts, &layout, &other))
+    if (args.many || !two_layouts(parts, n_parts, &layout, &other))
         return false;
     for (uint32_t p = 0; p < n_parts; p++) {
         add_part(&args, &parts[p], 0);
         args.parts[p].layout = record_layout_of(parts[p].weight->type) != layout;
     }
-    if (norm) {
-        args.norm = {norm->x, norm->weight, x->width, norm->epsilon};
+    if (with.norm) {
+        args.norm = {with.norm->x, with.norm->weight, x->width, with.norm->epsilon};
         args.unit = 1;
     }
-    if (gated) {
-        gated->unit = CUDA_ACTIVATED_UNIT;
-        args.gated = activation_view_of(gated);
+    if (with.gated) {
+        with.gated->unit = CUDA_ACTIVATED_UNIT;
+        args.gated = activation_view_of(with.gated);
         args.tiles = args.parts[0].tiles;
     }
+    if (with.heads)
+        args.heads = *with.heads;
     return product_small(device, args, layout, other);
 }
 
@@ -117,7 +128,7 @@ static void multiply_wide(struct cuda_device *device, const struct activation *x
 static void multiply_generated(struct cuda_device *device, const struct activation *x, uint32_t rows,
                                const struct matmul_part *parts, uint32_t n_parts, uint32_t chunks)
 {
-    if (rows <= CUDA_GROUP_ROWS && multiply_small(device, x, rows, NULL, parts, n_parts, NULL, chunks))
+    if (rows <= CUDA_GROUP_ROWS && multiply_small(device, x, rows, parts, n_parts, {}, chunks))
         return;
     for (uint32_t first = 0; first < rows; first += CUDA_GROUP_ROWS) {
         uint32_t columns = rows - first < CUDA_GROUP_ROWS ? rows - first : (uint32_t)CUDA_GROUP_ROWS;
@@ -151,20 +162,71 @@ extern "C" void cuda_matmul(struct device *base, const struct activation *x, uin
     multiply(cuda_device_of(base), x, rows, parts, n_parts, chunks_of(x, parts, n_parts, false));
 }
 
+// What a product does together with its surroundings, where its rows are few; false where it did less than
+// all but perhaps the norm, which then is there in x.
+static bool project_few(struct cuda_device *device, struct activation *x, uint32_t rows,
+                        const struct matmul_part *parts, uint32_t n_parts, struct surroundings with,
+                        uint32_t chunks)
+{
+    const struct row_norm *norm = with.norm;
+    bool few = x->n_generated >= rows && rows <= CUDA_GROUP_ROWS;
+    if (few && norm->kind == NORM_RMS && !norm->bias &&
+        multiply_small(device, x, rows, parts, n_parts, with, chunks))
+        return true;
+    cuda_norm(&device->base, x, norm->x, NULL, rows, norm->kind, norm->weight, norm->bias, norm->epsilon);
+    with.norm = NULL;
+    return few && (with.gated || with.heads) && multiply_small(device, x, rows, parts, n_parts, with, chunks);
+}
+
 extern "C" void cuda_project(struct device *base, struct activation *x, uint32_t rows,
                              const struct row_norm *norm, const struct matmul_part *parts, uint32_t n_parts,
                              struct activation *gated)
 {
     struct cuda_device *device = cuda_device_of(base);
     uint32_t chunks = chunks_of(x, parts, n_parts, gated != NULL);
-    bool few = x->n_generated >= rows && rows <= CUDA_GROUP_ROWS;
-    if (few && norm->kind == NORM_RMS && !norm->bias &&
-        multiply_small(device, x, rows, norm, parts, n_parts, gated, chunks))
-        return;
-    cuda_norm(base, x, norm->x, NULL, rows, norm->kind, norm->weight, norm->bias, norm->epsilon);
-    if (few && gated && multiply_small(device, x, rows, NULL, parts, n_parts, gated, chunks))
+    if (project_few(device, x, rows, parts, n_parts, {norm, gated, NULL}, chunks))
         return;
     multiply(device, x, rows, parts, n_parts, chunks);
     if (gated)
         cuda_ffn_activate(base, gated, parts[0].out, parts[1].out, parts[0].out_stride, rows);
+}
+
+// False where heads are normalized, or pairs that turn are not neighbours.
+static bool heads_of(struct product_heads *heads, const struct qkv_args *qkv,
+                     const struct attention_shape *shape, const struct kv_layer *kv,
+                     const struct batch *batch)
+{
+    if (qkv->q_norm || qkv->k_norm || qkv->position == POSITION_ROPE_HALVES)
+        return false;
+    heads->pages = (unsigned char *)kv->data;
+    heads->page_bytes = kv->page_bytes;
+    heads->frequency = qkv->rope_frequency;
+    heads->positions = batch->positions;
+    heads->slots = batch->slots;
+    heads->page_tables = batch->page_tables;
+    heads->table_stride = batch->table_stride;
+    heads->q_rows = shape->n_heads * shape->head_size;
+    heads->k_rows = shape->n_kv_heads * shape->head_size;
+    heads->head_size = shape->head_size;
+    heads->width = kv_width(shape->head_size);
+    heads->half = qkv->position == POSITION_LEARNED ? 0 : qkv->rope_dims / 2;
+    return true;
+}
+
+extern "C" void cuda_project_qkv(struct device *base, struct activation *x, const struct row_norm *norm,
+                                 const struct matmul_part *parts, uint32_t n_parts,
+                                 const struct qkv_args *qkv, const struct attention_shape *shape,
+                                 const struct kv_layer *kv, const struct batch *batch)
+{
+    struct cuda_device *device = cuda_device_of(base);
+    uint32_t rows = batch->n_tokens, chunks = chunks_of(x, parts, n_parts, false);
+    struct product_heads heads;
+    if (!heads_of(&heads, qkv, shape, kv, batch)) {
+        kernel_project_qkv(base, x, norm, parts, n_parts, qkv, shape, kv, batch);
+        return;
+    }
+    if (project_few(device, x, rows, parts, n_parts, {norm, NULL, &heads}, chunks))
+        return;
+    multiply(device, x, rows, parts, n_parts, chunks);
+    cuda_attn_prepare(base, qkv, shape, kv, batch);
 }

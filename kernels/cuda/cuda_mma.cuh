@@ -1,5 +1,6 @@
 // Instructions that C++ has no word for: the tensor cores' product of halves, asynchronous copies into shared
-// memory, and 2^x. All exist from sm_80 on.
+// memory, 2^x, and arithmetic on pairs of halves. All exist from sm_80 on. Nothing but instructions is here,
+// as in cuda_barrier.cuh and cuda_wgmma.cuh: tests/emulator has others in their place.
 #ifndef STRATA_CUDA_MMA_CUH
 #define STRATA_CUDA_MMA_CUH
 
@@ -17,19 +18,6 @@ __device__ __forceinline__ void mma_halves(float *c, uint32_t a0, uint32_t a1, u
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-// Two floats as halves in one word, the first in the low half.
-__device__ __forceinline__ uint32_t halves_of(float low, float high)
-{
-    __half2 pair = __floats2half2_rn(low, high);
-    return *(uint32_t *)&pair;
-}
-
-// The same, for numbers that may lie beyond a half's range.
-__device__ __forceinline__ uint32_t bounded_halves_of(float low, float high)
-{
-    return halves_of(fminf(fmaxf(low, -65504.0f), 65504.0f), fminf(fmaxf(high, -65504.0f), 65504.0f));
 }
 
 // 2^x: 2^-22 of itself wrong at most, 0 for -INFINITY, exactly 1 for 0.
@@ -58,6 +46,52 @@ __device__ __forceinline__ void copy_async_commit()
 template <int PENDING> __device__ __forceinline__ void copy_async_wait()
 {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// --- pairs of halves held in words ---
+
+__device__ __forceinline__ unsigned pair_multiply(unsigned a, unsigned b)
+{
+    unsigned c;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    return c;
+}
+
+__device__ __forceinline__ unsigned pair_fma(unsigned a, unsigned b, unsigned c)
+{
+    unsigned d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
+__device__ __forceinline__ unsigned pair_add(unsigned a, unsigned b)
+{
+    unsigned c;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    return c;
+}
+
+// Both halves as the low one, or the high one: no instruction of its own where a product takes it.
+__device__ __forceinline__ unsigned pair_low(unsigned a)
+{
+    unsigned b;
+    asm("{.reg .b16 low, high;\nmov.b32 {low, high}, %1;\nmov.b32 %0, {low, low};}" : "=r"(b) : "r"(a));
+    return b;
+}
+
+__device__ __forceinline__ unsigned pair_high(unsigned a)
+{
+    unsigned b;
+    asm("{.reg .b16 low, high;\nmov.b32 {low, high}, %1;\nmov.b32 %0, {high, high};}" : "=r"(b) : "r"(a));
+    return b;
+}
+
+// (a & b) | c in one instruction.
+__device__ __forceinline__ unsigned and_or(unsigned a, unsigned b, unsigned c)
+{
+    unsigned d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
 }
 
 #endif

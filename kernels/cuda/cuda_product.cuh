@@ -1,5 +1,4 @@
-// What the two product kernels share: their arguments, and copies that complete on a barrier in shared
-// memory.
+// What the two product kernels share: their arguments, and how an element is finished.
 //
 // The order of sums. K's blocks are dealt into `chunks` runs of neighbouring blocks; inside a run a column's
 // sum goes through the blocks ascending, and the runs' sums are added ascending. The number of runs depends
@@ -8,6 +7,7 @@
 #ifndef STRATA_CUDA_PRODUCT_CUH
 #define STRATA_CUDA_PRODUCT_CUH
 
+#include "kernels/cuda/cuda_barrier.cuh"
 #include "kernels/cuda/cuda_record.cuh"
 
 enum { PRODUCT_PARTS = 4, PRODUCT_CHUNKS = 4 };
@@ -31,14 +31,28 @@ struct product_norm {
     float epsilon;
 };
 
+// What becomes of the rows of q, k and v, in this order, where a product makes those of tokens, one a column:
+// neighbours of q and k turn by position, k and v are rounded into the tokens' pages and not stored.
+struct product_heads {
+    unsigned char *pages; // NULL: they are rows like others
+    size_t page_bytes;
+    const float *frequency;
+    const uint32_t *positions, *slots, *page_tables;
+    uint32_t table_stride, q_rows, k_rows, head_size;
+    uint32_t width; // of a head in a page
+    uint32_t half;  // pairs of a head that turn
+};
+
 struct product_args { // up to 64 columns; all parts have the same width
     struct product_part parts[PRODUCT_PARTS];
     uint32_t n_parts, tiles, k_blocks, chunks;
     uint32_t chunk_shift; // chunks = 1 << chunk_shift: kernels that last microseconds divide by nothing else
     uint32_t columns;
-    const unsigned char *x; // group of an activation: [k_blocks][64][576]
+    const unsigned char *x; // group of an activation: [k_blocks][64][576], laid out for
+    bool many;              // more than CUDA_FEW_ROWS rows, or for few
     float unit;
     struct product_norm norm;
+    struct product_heads heads;
     struct activation_view
         gated; // groups NULL: none; else silu(parts[0]) x parts[1] goes there, `tiles` are of one
 };
@@ -58,12 +72,36 @@ __device__ __forceinline__ uint32_t product_chunk_begin(const struct product_arg
     return chunk * args.k_blocks >> args.chunk_shift;
 }
 
-// What a sum over K makes of row `row` of the part.
-__device__ __forceinline__ float product_finish(const struct product_args &args,
-                                                const struct product_part &part, uint32_t row, float sum)
+// What an element of the result is made with, beside its sum: read early, where the latency would count.
+struct product_end {
+    float factor, bias, old;
+};
+
+// Of row `row` < part.rows; `old` only where parts accumulate.
+__device__ __forceinline__ struct product_end product_end_of(const struct product_part &part, uint32_t row)
 {
-    float value = sum * (part.factors ? part.factors[row] * args.unit : args.unit);
-    return part.bias ? value + part.bias[row] : value;
+    return {part.factors ? part.factors[row] : 1, part.bias ? part.bias[row] : 0, 0};
+}
+
+__device__ __forceinline__ float *product_place(const struct product_part &part, uint32_t row,
+                                                uint32_t column)
+{
+    return part.out + (size_t)column * part.out_stride + row;
+}
+
+// What a sum over K makes of a row of the part. Rounded step by step (nothing is contracted), so that all
+// kernels give the same bits.
+__device__ __forceinline__ float product_finish(const struct product_args &args,
+                                                const struct product_part &part, struct product_end end,
+                                                float sum)
+{
+    float value = __fmul_rn(sum, part.factors ? end.factor * args.unit : args.unit);
+    return part.bias ? __fadd_rn(value, end.bias) : value;
+}
+
+__device__ __forceinline__ float product_onto(const struct product_part &part, float old, float value)
+{
+    return part.accumulate ? __fadd_rn(old, value) : value;
 }
 
 // Finishes one element: `sum` over K of row `row` of the part, column `column`.
@@ -73,63 +111,9 @@ __device__ __forceinline__ void product_store(const struct product_args &args,
 {
     if (row >= part.rows || column >= args.columns)
         return;
-    float value = product_finish(args, part, row, sum);
-    float *out = part.out + (size_t)column * part.out_stride + row;
-    *out = part.accumulate ? *out + value : value;
-}
-
-// --- barriers and bulk copies ---
-
-typedef unsigned long long barrier_t;
-
-__device__ __forceinline__ unsigned shared_address(const void *pointer)
-{
-    return (unsigned)__cvta_generic_to_shared(pointer);
-}
-
-__device__ __forceinline__ void barrier_init(barrier_t *barrier, unsigned arrivals)
-{
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
-}
-
-// Makes initialized barriers known to the copy engine; then the block synchronizes before others use them.
-__device__ __forceinline__ void barrier_publish()
-{
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-
-__device__ __forceinline__ void barrier_expect(barrier_t *barrier, unsigned bytes)
-{
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-                 "r"(bytes)
-                 : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(barrier_t *barrier)
-{
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-
-__device__ __forceinline__ void barrier_await(barrier_t *barrier, unsigned parity)
-{
-    asm volatile("{\n.reg .pred done;\nagain: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-                 "@done bra over;\nbra again;\nover:\n}" ::"r"(shared_address(barrier)),
-                 "r"(parity)
-                 : "memory");
-}
-
-// Weights are read once a step: first to leave the L2. Activations are read by every block: last to leave.
-constexpr unsigned long long CACHE_FIRST_OUT = 0x12F0000000000000ull, CACHE_LAST_OUT = 0x14F0000000000000ull;
-
-// `bytes` (a multiple of 16) to shared memory, counted by `barrier`, which must expect them.
-__device__ __forceinline__ void copy_bulk(void *to, const void *from, unsigned bytes, barrier_t *barrier,
-                                          unsigned long long policy)
-{
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], "
-        "%2, [%3], %4;" ::"r"(shared_address(to)),
-        "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
-        : "memory");
+    float value = product_finish(args, part, product_end_of(part, row), sum);
+    float *out = product_place(part, row, column);
+    *out = product_onto(part, part.accumulate ? *out : 0, value);
 }
 
 // --- the kernels' launchers ---

@@ -2,29 +2,31 @@
 //
 // A warp takes one run of K of one tile of 16 rows and streams its records through a ring of its own in
 // shared memory, filled by bulk copies that run ahead, the first of them started before the kernel's
-// predecessor has finished (weights depend on nobody). Activations of all columns lie in shared memory whole:
-// copied there, or made there from the residual, with the same arithmetic as the op norm, which saves a
-// kernel and its wait. Where a tile has several runs their sums meet in shared memory. Gated products
-// (silu(gate) up) take a tile of both matrices in turn and leave the activation for the next product. The
-// number of warps is chosen so that the last round is as full as the others.
+// predecessor has finished (weights depend on nobody). It multiplies two records at a time, so that products
+// need not wait for one another: two K blocks of its tile, or, for gated products (silu(gate) up), the same K
+// block of a tile of both matrices, whose result is the next product's activation.
+//
+// Activations of all columns lie in shared memory whole: copied there, or made there from the residual, with
+// the same arithmetic as the op norm, which saves a kernel and its wait. Where a tile has several runs their
+// sums meet in shared memory. A block's tiles are taken in as few passes as 16 warps allow.
+#include "kernels/cuda/cuda_kv.cuh"
 #include "kernels/cuda/cuda_product.cuh"
 #include "kernels/cuda/cuda_rows.cuh"
 
-enum { SMALL_COLUMNS = 8, NORMED_COLUMNS = 1, MAX_WARPS = 28, MAX_SLOTS_A_WARP = 8 };
-
-struct small_shape {
-    uint32_t slots, slot_bytes; // of a warp's ring
-    uint32_t tiles_a_pass, tiles_a_block,
-        more_tiles; // a block has tiles_a_block, the first more_tiles one more
-    uint32_t legs;  // parts whose tiles a warp takes in turn: 2 for gated products, else 1
+enum {
+    SMALL_COLUMNS = 8,
+    NORMED_COLUMNS = 1,
+    MAX_WARPS = 16,
+    RING_SLOTS = 8,
+    NORM_KEPT = 2,           // K blocks a warp
+    ENOUGH_BYTES = 64 << 10, // in the rings of a block: twice what is on its way at the memory's rate
 };
 
-// The records of a warp, in order: passes of tiles, in each one run of K of one tile (of each leg).
-struct record_walk {
-    uint32_t pass, leg, k_block, k_end; // k_block == k_end: nothing left
-    uint32_t layout;                    // 0 or 1
-    const unsigned char *at;            // the record, and
-    size_t step;                        // bytes from a K block's record to the next one's
+struct small_shape {
+    uint32_t slots, record_bytes; // of a warp's ring: slots of two records
+    uint32_t tiles_a_pass, tiles_a_block;
+    uint32_t more_tiles;   // a block has tiles_a_block, the first more_tiles one more
+    uint32_t column_shift; // columns <= 1 << column_shift
 };
 
 template <int A, int B> __device__ __forceinline__ uint32_t layout_bytes(uint32_t layout)
@@ -32,60 +34,89 @@ template <int A, int B> __device__ __forceinline__ uint32_t layout_bytes(uint32_
     return A == B || layout == 0 ? record_form_of(A).bytes : record_form_of(B).bytes;
 }
 
-template <int A, int B>
-__device__ __forceinline__ void walk_enter(struct record_walk &walk, const struct product_args &args,
+__device__ __forceinline__ uint32_t tile_of_pass(const struct product_args &args,
+                                                 const struct small_shape &shape, uint32_t pass,
+                                                 uint32_t in_pass)
+{
+    return blockIdx.x + (pass * shape.tiles_a_pass + in_pass) * gridDim.x;
+}
+
+// The part of leg `leg` of a tile. Legs are what a warp multiplies side by side: of a gated product the two
+// matrices, else there is one.
+template <int LEGS>
+__device__ __forceinline__ const struct product_part &part_of_leg(const struct product_args &args,
+                                                                  uint32_t tile, uint32_t leg)
+{
+    return LEGS == 2 ? args.parts[leg] : product_part_of(args, tile);
+}
+
+// The records of a warp, in order: its run of K of one tile a pass.
+template <int LEGS> struct record_walk {
+    uint32_t pass, left; // K blocks left of the pass's tile; none: there is nothing more
+    const unsigned char *at[LEGS];
+    uint32_t step[LEGS], bytes[LEGS]; // to the next K block's record; of a record
+};
+
+template <int A, int B, int LEGS>
+__device__ __forceinline__ void walk_enter(struct record_walk<LEGS> &walk, const struct product_args &args,
                                            const struct small_shape &shape, uint32_t warp)
 {
-    uint32_t in_pass = warp >> args.chunk_shift, chunk = warp & (args.chunks - 1);
-    uint32_t tile = blockIdx.x + (walk.pass * shape.tiles_a_pass + in_pass) * gridDim.x;
-    walk.k_block = walk.k_end = 0;
-    if (in_pass >= shape.tiles_a_pass || tile >= args.tiles)
+    uint32_t chunk = warp & (args.chunks - 1), begin = product_chunk_begin(args, chunk);
+    uint32_t tile = tile_of_pass(args, shape, walk.pass, warp >> args.chunk_shift);
+    walk.left = 0;
+    if (tile >= args.tiles)
         return;
-    const struct product_part &part = shape.legs == 2 ? args.parts[walk.leg] : product_part_of(args, tile);
-    uint32_t in_part = shape.legs == 2 ? tile : tile - part.first_tile;
-    uint32_t panel = in_part / PANEL_TILES, left = part.tiles - panel * PANEL_TILES;
-    uint32_t bytes = layout_bytes<A, B>(part.layout);
-    walk.layout = part.layout;
-    walk.k_block = product_chunk_begin(args, chunk);
-    walk.k_end = product_chunk_begin(args, chunk + 1);
-    walk.step = (size_t)(left < PANEL_TILES ? left : PANEL_TILES) * bytes;
-    walk.at = part.records + record_index(in_part, walk.k_block, part.tiles, args.k_blocks) * bytes;
-}
-
-template <int A, int B>
-__device__ __forceinline__ void walk_next(struct record_walk &walk, const struct product_args &args,
-                                          const struct small_shape &shape, uint32_t warp)
-{
-    walk.k_block++;
-    walk.at += walk.step;
-    if (walk.k_block < walk.k_end)
-        return;
-    if (++walk.leg == shape.legs) {
-        walk.leg = 0;
-        walk.pass++;
+    walk.left = product_chunk_begin(args, chunk + 1) - begin;
+#pragma unroll
+    for (int leg = 0; leg < LEGS; leg++) {
+        const struct product_part &part = part_of_leg<LEGS>(args, tile, leg);
+        uint32_t in_part = LEGS == 2 ? tile : tile - part.first_tile;
+        uint32_t panel = in_part / PANEL_TILES, others = part.tiles - panel * PANEL_TILES;
+        walk.bytes[leg] = layout_bytes<A, B>(part.layout);
+        walk.step[leg] = (others < PANEL_TILES ? others : PANEL_TILES) * walk.bytes[leg];
+        walk.at[leg] =
+            part.records + record_index(in_part, begin, part.tiles, args.k_blocks) * walk.bytes[leg];
     }
-    walk_enter<A, B>(walk, args, shape, warp);
 }
 
-template <int A, int B>
-__device__ __forceinline__ void copy_record(const struct record_walk &walk, unsigned char *to,
-                                            barrier_t *filled)
+// Starts the copies of the next one or two records to a slot, whose barrier `filled` is, and goes on.
+template <int A, int B, int LEGS>
+__device__ __forceinline__ void walk_copy(struct record_walk<LEGS> &walk, const struct product_args &args,
+                                          const struct small_shape &shape, uint32_t warp, uint32_t lane,
+                                          unsigned char *slot, barrier_t *filled)
 {
-    uint32_t bytes = layout_bytes<A, B>(walk.layout);
-    barrier_expect(filled, bytes);
-    copy_bulk(to, walk.at, bytes, filled, CACHE_FIRST_OUT);
+    bool two = LEGS == 2 || walk.left >= 2;
+    uint32_t second = walk.bytes[LEGS - 1];
+    if (lane == 0) {
+        barrier_expect(filled, walk.bytes[0] + (two ? second : 0));
+        copy_bulk(slot, walk.at[0], walk.bytes[0], filled, CACHE_FIRST_OUT);
+        if (two)
+            copy_bulk(slot + shape.record_bytes, LEGS == 2 ? walk.at[LEGS - 1] : walk.at[0] + walk.step[0],
+                      second, filled, CACHE_FIRST_OUT);
+    }
+    uint32_t blocks = LEGS == 1 && two ? 2 : 1;
+#pragma unroll
+    for (int leg = 0; leg < LEGS; leg++)
+        walk.at[leg] += blocks * walk.step[leg];
+    walk.left -= blocks;
+    if (walk.left == 0) {
+        walk.pass++;
+        walk_enter<A, B, LEGS>(walk, args, shape, warp);
+    }
 }
 
 // --- activations to shared memory: [k_blocks][columns][576] ---
 
+// By all warps. The copies of a lane go out one after the other: so every warp's first lane has some.
 __device__ __forceinline__ void load_columns(const struct product_args &args, unsigned char *to,
-                                             barrier_t *barrier, int lane)
+                                             barrier_t *barrier, uint32_t warp, uint32_t lane)
 {
-    uint32_t bytes = args.columns * CUDA_BLOCK_BYTES;
-    if (lane == 0)
+    uint32_t bytes = args.columns * CUDA_BLOCK_BYTES, warps = blockDim.x / 32;
+    if (lane > 0)
+        return;
+    if (warp == 0)
         barrier_expect(barrier, args.k_blocks * bytes);
-    __syncwarp();
-    for (uint32_t k = lane; k < args.k_blocks; k += 32)
+    for (uint32_t k = warp; k < args.k_blocks; k += warps)
         copy_bulk(to + (size_t)k * bytes, args.x + (size_t)k * CUDA_GROUP_ROWS * CUDA_BLOCK_BYTES, bytes,
                   barrier, CACHE_LAST_OUT);
 }
@@ -96,15 +127,19 @@ struct norm_piece { // eight elements of a lane
     float values[8], factors[8];
 };
 
-__device__ __forceinline__ void norm_load(const struct product_args &args, struct norm_piece &piece,
-                                          uint32_t i)
+__device__ __forceinline__ void norm_factors(const struct product_args &args, struct norm_piece &piece,
+                                             uint32_t i)
 {
-    uint32_t width = args.norm.width;
     piece.column = args.columns == 1 ? 0 : i / args.k_blocks;
     piece.k_block = i - piece.column * args.k_blocks;
-    uint32_t k = piece.k_block * CUDA_K_BLOCK + threadIdx.x % 32 * 8;
-    row_load8(args.norm.x + (size_t)piece.column * width, k, width, piece.values);
-    row_load8(args.norm.weight, k, width, piece.factors);
+    row_load8(args.norm.weight, piece.k_block * CUDA_K_BLOCK + threadIdx.x % 32 * 8, args.norm.width,
+              piece.factors);
+}
+
+__device__ __forceinline__ void norm_values(const struct product_args &args, struct norm_piece &piece)
+{
+    row_load8(args.norm.x + (size_t)piece.column * args.norm.width,
+              piece.k_block * CUDA_K_BLOCK + threadIdx.x % 32 * 8, args.norm.width, piece.values);
 }
 
 __device__ __forceinline__ void norm_store(const struct product_args &args, struct norm_piece &piece,
@@ -122,49 +157,62 @@ __device__ __forceinline__ void norm_store(const struct product_args &args, stru
         activation_store_sum(record, lane / 2, sum);
 }
 
-// Two pieces a warp are kept in registers from the sums to the end, so that most rows are read once.
-__device__ void norm_columns(const struct product_args &args, unsigned char *to, float *squares)
+// The first pieces of a warp are kept in registers from the sums to the end, so that most rows are read once.
+__device__ __forceinline__ void norm_begin(const struct product_args &args, struct norm_piece *kept)
+{
+    uint32_t warps = blockDim.x / 32, warp = threadIdx.x / 32, n = args.k_blocks * args.columns;
+#pragma unroll
+    for (uint32_t j = 0; j < NORM_KEPT; j++) {
+        if (warp + j * warps < n)
+            norm_factors(args, kept[j], warp + j * warps);
+    }
+}
+
+__device__ __forceinline__ void norm_columns(const struct product_args &args, struct norm_piece *kept,
+                                             unsigned char *to, float *squares)
 {
     uint32_t warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     uint32_t n = args.k_blocks * args.columns;
-    struct norm_piece kept[2], more;
+    struct norm_piece more;
 #pragma unroll
-    for (uint32_t j = 0; j < 2; j++) {
+    for (uint32_t j = 0; j < NORM_KEPT; j++) {
         if (warp + j * warps < n)
-            norm_load(args, kept[j], warp + j * warps);
+            norm_values(args, kept[j]);
     }
 #pragma unroll
-    for (uint32_t j = 0; j < 2; j++) {
+    for (uint32_t j = 0; j < NORM_KEPT; j++) {
         float sum = warp + j * warps < n ? row_chunk_squares(kept[j].values) : 0;
         if (lane == 0 && warp + j * warps < n)
             squares[warp + j * warps] = sum;
     }
-    for (uint32_t i = warp + 2 * warps; i < n; i += warps) {
-        norm_load(args, more, i);
+    for (uint32_t i = warp + NORM_KEPT * warps; i < n; i += warps) {
+        norm_factors(args, more, i);
+        norm_values(args, more);
         float sum = row_chunk_squares(more.values);
         if (lane == 0)
             squares[i] = sum;
     }
     __syncthreads();
 #pragma unroll
-    for (uint32_t j = 0; j < 2; j++) {
+    for (uint32_t j = 0; j < NORM_KEPT; j++) {
         if (warp + j * warps < n)
             norm_store(args, kept[j], squares, to);
     }
-    for (uint32_t i = warp + 2 * warps; i < n; i += warps) {
-        norm_load(args, more, i);
+    for (uint32_t i = warp + NORM_KEPT * warps; i < n; i += warps) {
+        norm_factors(args, more, i);
+        norm_values(args, more);
         norm_store(args, more, squares, to);
     }
 }
 
 // --- sums of a pass, and what becomes of them ---
 
-// [slot of the pass][chunk][leg][column][row]
-__device__ __forceinline__ float sum_runs(const struct product_args &args, const struct small_shape &shape,
-                                          const float *sums, uint32_t slot, uint32_t leg, uint32_t column,
-                                          uint32_t row)
+// [tile of the pass][chunk][leg][column][row]
+template <int LEGS>
+__device__ __forceinline__ float sum_runs(const struct product_args &args, const float *sums, uint32_t slot,
+                                          uint32_t leg, uint32_t column, uint32_t row)
 {
-    uint32_t step = shape.legs * args.columns * 16;
+    uint32_t step = LEGS * args.columns * 16;
     const float *from = sums + (slot << args.chunk_shift) * step + (leg * args.columns + column) * 16 + row;
     float sum = from[0];
     for (uint32_t c = 1; c < args.chunks; c++)
@@ -172,162 +220,335 @@ __device__ __forceinline__ float sum_runs(const struct product_args &args, const
     return sum;
 }
 
-// Adds up the runs of the pass's tiles and stores them. By the whole block.
-__device__ __forceinline__ void finish_pass(const struct product_args &args, const struct small_shape &shape,
-                                            const float *sums, uint32_t pass)
+// An element of a pass: row `row` of a tile. Not live: there is no such thing.
+struct pass_element {
+    uint32_t slot, column, tile, row;
+    bool live;
+};
+
+template <int LEGS>
+__device__ __forceinline__ struct pass_element
+pass_element_of(const struct product_args &args, const struct small_shape &shape, uint32_t pass, uint32_t i)
 {
-    uint32_t n = shape.tiles_a_pass * 16 * args.columns;
-    for (uint32_t first = 0; first < n; first += blockDim.x) {
-        uint32_t i = first + threadIdx.x, row = i % 16;
-        uint32_t slot = args.columns == 1 ? i / 16 : i / 16 / args.columns,
-                 column = i / 16 - slot * args.columns;
-        uint32_t tile = blockIdx.x + (pass * shape.tiles_a_pass + slot) * gridDim.x;
-        bool live = i < n && tile < args.tiles;
-        if (shape.legs == 1 && live) {
-            const struct product_part &part = product_part_of(args, tile);
-            product_store(args, part, (tile - part.first_tile) * CUDA_TILE_ROWS + row, column,
-                          sum_runs(args, shape, sums, slot, 0, column, row));
-        } else if (shape.legs == 2) { // whole warps: the sum of 16 rows is part of what is left
-            float gate = live ? sum_runs(args, shape, sums, slot, 0, column, row) : 0;
-            float up = live ? sum_runs(args, shape, sums, slot, 1, column, row) : 0;
-            uint32_t k = tile * CUDA_TILE_ROWS + row;
-            live = live && k < args.parts[0].rows;
-            float value = live ? row_gated(product_finish(args, args.parts[0], k, gate),
-                                           product_finish(args, args.parts[1], k, up))
-                               : 0;
-            activation_store1(args.gated, column, k, value, live);
+    struct pass_element e;
+    e.slot = i / 16 >> shape.column_shift;
+    e.column = i / 16 - (e.slot << shape.column_shift);
+    e.tile = tile_of_pass(args, shape, pass, e.slot);
+    e.row = 0;
+    e.live = e.slot < shape.tiles_a_pass && e.tile < args.tiles && e.column < args.columns;
+    if (e.live) {
+        const struct product_part &part = part_of_leg<LEGS>(args, e.tile, 0);
+        e.row = (LEGS == 2 ? e.tile : e.tile - part.first_tile) * CUDA_TILE_ROWS + i % 16;
+        e.live = e.row < part.rows;
+    }
+    return e;
+}
+
+// Where an element of q, k or v goes, and how it turns.
+struct head_end {
+    __half *place; // NULL: an element of q, stored like others
+    float2 turn;
+    bool turns;
+
+    // Of row `row` of q, k and v together.
+    __device__ __forceinline__ void begin(const struct product_heads &heads, uint32_t row, uint32_t column)
+    {
+        uint32_t position = heads.positions[column], in_page = position % KV_PAGE_POSITIONS;
+        bool is_q = row < heads.q_rows, is_k = !is_q && row < heads.q_rows + heads.k_rows;
+        uint32_t head = row / heads.head_size, at = row - head * heads.head_size;
+        place = NULL;
+        turns = is_q || is_k;
+        turn = make_float2(0, 1);
+        if (turns && at / 2 < heads.half)
+            turn = sine_cosine(position, heads.frequency[at / 2]);
+        if (is_q)
+            return;
+        uint32_t page =
+            heads
+                .page_tables[(size_t)heads.slots[column] * heads.table_stride + position / KV_PAGE_POSITIONS];
+        // V lies behind the K of all heads; heads are numbered so that this is one count.
+        place = (__half *)(heads.pages + page * heads.page_bytes) +
+                (size_t)(head - heads.q_rows / heads.head_size) * kv_head_halves(heads.width) +
+                (is_k ? kv_key_at(heads.width, in_page, at) : kv_value_at(heads.width, in_page, at));
+    }
+};
+
+// What the thread's first element of a pass will be finished with, read while the products are made. In two
+// parts: what is known before the predecessor has ended, and what it may have written.
+template <int LEGS> struct pass_end {
+    struct pass_element element;
+    struct product_end of_leg[LEGS];
+    struct head_end head;
+
+    __device__ __forceinline__ void begin(const struct product_args &args, const struct small_shape &shape,
+                                          uint32_t pass, uint32_t i)
+    {
+        element = pass_element_of<LEGS>(args, shape, pass, i);
+#pragma unroll
+        for (int leg = 0; leg < LEGS; leg++)
+            of_leg[leg] = element.live
+                              ? product_end_of(part_of_leg<LEGS>(args, element.tile, leg), element.row)
+                              : product_end{};
+        if (LEGS == 1 && args.heads.pages && element.live)
+            head.begin(args.heads, element.tile * CUDA_TILE_ROWS + i % 16, element.column);
+    }
+
+    __device__ __forceinline__ void read_old(const struct product_args &args)
+    {
+        if (LEGS == 2 || !element.live)
+            return;
+        const struct product_part &part = part_of_leg<LEGS>(args, element.tile, 0);
+        if (part.accumulate)
+            of_leg[0].old = *product_place(part, element.row, element.column);
+    }
+};
+
+// Adds up the runs of one element and stores it. By whole warps: the sum of 16 rows is part of what is left
+// for the next product.
+template <int LEGS>
+__device__ __forceinline__ void finish_element(const struct product_args &args, const float *sums,
+                                               const struct pass_end<LEGS> &end)
+{
+    const struct pass_element &e = end.element;
+    float values[LEGS] = {};
+#pragma unroll
+    for (int leg = 0; leg < LEGS; leg++) {
+        if (e.live)
+            values[leg] =
+                product_finish(args, part_of_leg<LEGS>(args, e.tile, leg), end.of_leg[leg],
+                               sum_runs<LEGS>(args, sums, e.slot, leg, e.column, e.row % CUDA_TILE_ROWS));
+    }
+    if (LEGS == 2) {
+        activation_store1(args.gated, e.column, e.tile * CUDA_TILE_ROWS + threadIdx.x % CUDA_TILE_ROWS,
+                          e.live ? row_gated(values[0], values[LEGS - 1]) : 0, e.live);
+        return;
+    }
+    float value = values[0];
+    if (args.heads.pages) { // rows 2 i and 2 i + 1 are in neighbouring lanes
+        float other = __shfl_xor_sync(~0u, value, 1);
+        if (e.live && end.head.turns)
+            value = threadIdx.x % 2 ? turned_second(other, value, end.head.turn)
+                                    : turned_first(value, other, end.head.turn);
+        if (e.live && end.head.place) {
+            *end.head.place = bounded_half(value);
+            return;
         }
+    }
+    if (e.live) {
+        const struct product_part &part = part_of_leg<LEGS>(args, e.tile, 0);
+        float *out = product_place(part, e.row, e.column);
+        *out = product_onto(part, end.of_leg[0].old, value);
     }
 }
 
-template <int A, int B>
+// All elements of a pass, the thread's first with what was read for it. By the whole block.
+template <int LEGS>
+__device__ __forceinline__ void finish_pass(const struct product_args &args, const struct small_shape &shape,
+                                            const float *sums, uint32_t pass, struct pass_end<LEGS> end)
+{
+    uint32_t n = shape.tiles_a_pass * 16 << shape.column_shift;
+    finish_element<LEGS>(args, sums, end);
+    for (uint32_t first = blockDim.x; first < n; first += blockDim.x) {
+        end.begin(args, shape, pass, first + threadIdx.x);
+        end.read_old(args);
+        finish_element<LEGS>(args, sums, end);
+    }
+}
+
+// --- the products of a slot ---
+
+// acc[leg] += the products of one or two records of layout L (the second `apart` bytes behind the first) with
+// their K blocks, those of a leg from `x` on.
+template <int L, int LEGS>
+__device__ __forceinline__ void multiply_slot(const unsigned char *records, uint32_t apart, bool two,
+                                              const unsigned char *x, uint32_t columns, uint32_t lane,
+                                              float (*acc)[1][4])
+{
+    const unsigned char *second = LEGS == 2 ? x : x + columns * CUDA_BLOCK_BYTES;
+    if (LEGS == 2 || (record_form_of(L).integer_scales && two)) {
+        const unsigned char *both[2] = {records, records + apart}, *xs[2] = {x, second};
+        float(*accs[2])[4] = {acc[0], acc[LEGS - 1]};
+        record_multiply_two<L>(both, xs, columns, lane, accs);
+    } else {
+        record_multiply<L, 1>(records, x, columns, lane, acc[0]);
+        if (two)
+            record_multiply<L, 1>(records + apart, second, columns, lane, acc[0]);
+    }
+}
+
+template <int A, int B, int LEGS>
+__device__ __forceinline__ void
+multiply_layouts(uint32_t layout, uint32_t other_leg, const unsigned char *records, uint32_t apart, bool two,
+                 const unsigned char *x, uint32_t columns, uint32_t lane, float (*acc)[1][4])
+{
+    if (A == B || (layout == 0 && other_leg == 0)) {
+        multiply_slot<A, LEGS>(records, apart, two, x, columns, lane, acc);
+    } else if (LEGS == 1 || layout == other_leg) {
+        multiply_slot<B, LEGS>(records, apart, two, x, columns, lane, acc);
+    } else { // gate and up of different types
+        record_multiply<A, 1>(records + layout * apart, x, columns, lane, acc[layout]);
+        record_multiply<B, 1>(records + other_leg * apart, x, columns, lane, acc[other_leg]);
+    }
+}
+
+// A warp's sums, one for each of its lanes' elements, to [leg][column][row].
+template <int LEGS>
+__device__ __forceinline__ void leave_sums(const struct product_args &args, const float (*acc)[1][4],
+                                           float *to, uint32_t lane)
+{
+#pragma unroll
+    for (uint32_t i = 0; i < LEGS * 4; i++) {
+        uint32_t column = 2 * (lane % 4) + i % 2;
+        if (column < args.columns)
+            to[(i / 4 * args.columns + column) * 16 + lane / 4 + i % 4 / 2 * 8] = acc[i / 4][0][i % 4];
+    }
+}
+
+// --- the kernel ---
+
+// Makes a warp's barriers and begins with its copies.
+template <int A, int B, int LEGS>
+__device__ __forceinline__ void start_ring(struct record_walk<LEGS> &ahead, const struct product_args &args,
+                                           const struct small_shape &shape, uint32_t warp, uint32_t lane,
+                                           unsigned char *ring, barrier_t *ready)
+{
+    ahead.pass = 0;
+    walk_enter<A, B, LEGS>(ahead, args, shape, warp);
+    if (lane == 0) {
+        for (uint32_t i = 0; i < shape.slots; i++)
+            barrier_init(ready + i, 1);
+        barrier_publish();
+    }
+    __syncwarp();
+    for (uint32_t i = 0; i < shape.slots && ahead.left > 0; i++)
+        walk_copy<A, B, LEGS>(ahead, args, shape, warp, lane, ring + i * 2 * shape.record_bytes, ready + i);
+}
+
+template <int A, int B, int LEGS>
 __global__ void __launch_bounds__(MAX_WARPS * 32, 1)
     product_small_kernel(const __grid_constant__ struct product_args args, struct small_shape shape)
 {
     extern __shared__ __align__(128) unsigned char shared[];
-    __shared__ __align__(8) barrier_t filled[MAX_WARPS * MAX_SLOTS_A_WARP], columns_here;
-    uint32_t warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, slots = shape.slots;
-    unsigned char *ring = shared + (size_t)warp * slots * shape.slot_bytes;
-    unsigned char *x = shared + (size_t)warps * slots * shape.slot_bytes;
-    float *sums = (float *)(x + (size_t)args.k_blocks * args.columns * CUDA_BLOCK_BYTES); // two passes' worth
-    uint32_t pass_sums = warps * shape.legs * args.columns * 16;
-    barrier_t *ready = filled + warp * MAX_SLOTS_A_WARP;
-
-    struct record_walk ahead = {}, here;
-    walk_enter<A, B>(ahead, args, shape, warp);
-    here = ahead;
-    if (lane == 0) {
-        for (uint32_t i = 0; i < slots; i++)
-            barrier_init(ready + i, 1);
-        if (warp == 0)
-            barrier_init(&columns_here, 1);
-        barrier_publish();
-    }
-    __syncwarp();
-    for (uint32_t i = 0; i < slots && ahead.k_block < ahead.k_end; i++) {
-        if (lane == 0)
-            copy_record<A, B>(ahead, ring + i * shape.slot_bytes, ready + i);
-        walk_next<A, B>(ahead, args, shape, warp);
-    }
-    cuda_release();
-    cuda_wait();
+    __shared__ __align__(8) barrier_t filled[MAX_WARPS * RING_SLOTS], columns_here;
+    uint32_t warps = blockDim.x / 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+    uint32_t slots = shape.slots, slot_bytes = 2 * shape.record_bytes;
+    unsigned char *ring = shared + (size_t)warp * slots * slot_bytes;
+    unsigned char *x = shared + (size_t)warps * slots * slot_bytes;
+    float *sums = (float *)(x + (size_t)args.k_blocks * args.columns * CUDA_BLOCK_BYTES);
+    uint32_t pass_sums = warps * LEGS * args.columns * 16, column_bytes = args.columns * CUDA_BLOCK_BYTES;
+    barrier_t *ready = filled + warp * RING_SLOTS;
+    struct record_walk<LEGS> ahead;
+    struct norm_piece kept[NORM_KEPT];
+    struct pass_end<LEGS> end;
+    if (threadIdx.x == 0)
+        barrier_init(&columns_here, 1);
+    start_ring<A, B, LEGS>(ahead, args, shape, warp, lane, ring, ready);
+    end.begin(args, shape, 0, threadIdx.x);
     if (args.norm.x)
-        norm_columns(args, x, sums);
-    else if (warp == 0)
-        load_columns(args, x, &columns_here, lane);
-    __syncthreads();
-    if (!args.norm.x)
-        barrier_await(&columns_here, 0);
-
-    uint32_t slot = 0, parity = 0, tiles_here = shape.tiles_a_block + (blockIdx.x < shape.more_tiles);
-    for (uint32_t pass = 0; pass * shape.tiles_a_pass < tiles_here; pass++) {
-        float *turn = sums + (pass % 2) * pass_sums, *to = turn + warp * shape.legs * args.columns * 16;
-        for (uint32_t leg = 0; leg < shape.legs; leg++, to += args.columns * 16) {
-            float acc[1][4] = {};
-            while (here.k_block < here.k_end && here.pass == pass && here.leg == leg) {
-                const unsigned char *columns = x + (size_t)here.k_block * args.columns * CUDA_BLOCK_BYTES;
-                barrier_await(ready + slot, parity);
-                if (A == B || here.layout == 0)
-                    record_multiply<A, 1>(ring + slot * shape.slot_bytes, columns, args.columns, lane, acc);
-                else
-                    record_multiply<B, 1>(ring + slot * shape.slot_bytes, columns, args.columns, lane, acc);
-                __syncwarp();
-                if (ahead.k_block < ahead.k_end) {
-                    if (lane == 0)
-                        copy_record<A, B>(ahead, ring + slot * shape.slot_bytes, ready + slot);
-                    walk_next<A, B>(ahead, args, shape, warp);
-                }
-                walk_next<A, B>(here, args, shape, warp);
-                if (++slot == slots)
-                    slot = 0, parity ^= 1;
-            }
-#pragma unroll
-            for (uint32_t i = 0; i < 4; i++) {
-                uint32_t column = 2 * (lane % 4) + i % 2;
-                if (column < args.columns)
-                    to[column * 16 + lane / 4 + i / 2 * 8] = acc[0][i];
-            }
-        }
+        norm_begin(args, kept);
+    cuda_release();
+    __syncthreads(); // columns_here is there for all
+    cuda_wait();
+    end.read_old(args);
+    if (args.norm.x) {
+        norm_columns(args, kept, x, sums);
         __syncthreads();
-        finish_pass(args, shape, turn, pass);
+    } else {
+        load_columns(args, x, &columns_here, warp, lane);
+        barrier_await(&columns_here, 0);
+    }
+    uint32_t chunk = warp & (args.chunks - 1), begin = product_chunk_begin(args, chunk);
+    uint32_t run = product_chunk_begin(args, chunk + 1) - begin, slot = 0, parity = 0;
+    uint32_t tiles_here = shape.tiles_a_block + (blockIdx.x < shape.more_tiles);
+    for (uint32_t pass = 0; pass * shape.tiles_a_pass < tiles_here; pass++) {
+        float acc[LEGS][1][4] = {}, *turn = sums + (pass % 2) * pass_sums;
+        uint32_t tile = tile_of_pass(args, shape, pass, warp >> args.chunk_shift), layout = 0, other_leg = 0;
+        uint32_t n = tile < args.tiles ? run : 0;
+        if (A != B && n > 0) {
+            layout = part_of_leg<LEGS>(args, tile, 0).layout;
+            other_leg = part_of_leg<LEGS>(args, tile, 1).layout;
+        }
+        const unsigned char *columns = x + begin * column_bytes;
+        for (uint32_t k = 0; k < n; k += 3 - LEGS, columns += (3 - LEGS) * column_bytes) {
+            unsigned char *records = ring + slot * slot_bytes;
+            barrier_await(ready + slot, parity);
+            multiply_layouts<A, B, LEGS>(layout, other_leg, records, shape.record_bytes, k + 1 < n, columns,
+                                         args.columns, lane, acc);
+            __syncwarp();
+            if (ahead.left > 0)
+                walk_copy<A, B, LEGS>(ahead, args, shape, warp, lane, records, ready + slot);
+            if (++slot == slots)
+                slot = 0, parity ^= 1;
+        }
+        leave_sums<LEGS>(args, acc, turn + warp * LEGS * args.columns * 16, lane);
+        __syncthreads();
+        finish_pass<LEGS>(args, shape, turn, pass, end);
+        if ((pass + 1) * shape.tiles_a_pass < tiles_here) {
+            end.begin(args, shape, pass + 1, threadIdx.x);
+            end.read_old(args);
+        }
     }
 }
 
 // --- shapes ---
 
-// How full `warps` warps are kept by `tiles` tiles of `chunks` runs; less than about 14 have too little in
-// flight.
-static double share_of(uint32_t tiles, uint32_t chunks, uint32_t warps)
+// Shared memory beside the rings: the columns, the sums of a pass and the next, and the squares of a norm in
+// their place.
+static size_t beside_rings(const struct product_args &args, uint32_t warps, uint32_t passes, int legs)
 {
-    uint32_t tiles_a_pass = warps / chunks, passes;
-    if (tiles_a_pass == 0 || warps % chunks)
-        return 0;
-    passes = (tiles + tiles_a_pass - 1) / tiles_a_pass;
-    return (double)tiles / (passes * tiles_a_pass) * (warps < 14 ? warps / 14.0 : 1);
+    size_t x = (size_t)args.k_blocks * args.columns * CUDA_BLOCK_BYTES;
+    size_t sums = (size_t)(passes > 1 ? 2 : 1) * warps * legs * args.columns * 16 * sizeof(float);
+    size_t squares = args.norm.x ? args.k_blocks * args.columns * sizeof(float) : 0;
+    return x + (sums > squares ? sums : squares);
 }
 
-static uint32_t choose_warps(const struct product_args &args, uint32_t blocks)
+// The fewest passes whose rings hold enough to be copied while the rest is multiplied: two slots each, or as
+// much as the memory's latency asks for. Fills in the shape and the shared memory; false when there are none.
+static bool choose_shape(struct small_shape *shape, const struct product_args &args, uint32_t blocks,
+                         int legs, size_t room, size_t *shared)
 {
-    uint32_t tiles = (args.tiles + blocks - 1) / blocks, best = 8;
-    double share = share_of(tiles, args.chunks, best);
-    for (uint32_t warps = 12; warps <= MAX_WARPS; warps += 4) {
-        double one = share_of(tiles, args.chunks, warps);
-        if (one > share + 0.02 || (one > share - 0.02 && warps <= 20)) {
-            best = warps;
-            share = one > share ? one : share;
-        }
+    uint32_t tiles = (args.tiles + blocks - 1) / blocks, slot_bytes = 2 * shape->record_bytes;
+    for (uint32_t passes = 1; passes <= tiles; passes++) {
+        shape->tiles_a_pass = (tiles + passes - 1) / passes;
+        uint32_t warps = shape->tiles_a_pass * args.chunks;
+        size_t beside = beside_rings(args, warps, passes, legs);
+        size_t slots = beside < room ? (room - beside) / (warps * slot_bytes) : 0;
+        if (warps > MAX_WARPS || slots == 0 || (slots == 1 && warps * slot_bytes < ENOUGH_BYTES))
+            continue;
+        shape->slots = slots < RING_SLOTS ? (uint32_t)slots : (uint32_t)RING_SLOTS;
+        *shared = beside + (size_t)warps * shape->slots * slot_bytes;
+        return true;
     }
-    return best;
+    return false;
 }
 
-// False when the columns and two records a warp do not fit shared memory.
-template <int A, int B> static bool launch(struct cuda_device *device, const struct product_args &args)
+// False when the columns and the rings do not fit shared memory.
+template <int A, int B, int LEGS>
+static bool launch_legs(struct cuda_device *device, const struct product_args &args)
 {
     uint32_t blocks = args.tiles < (uint32_t)device->sms ? args.tiles : (uint32_t)device->sms;
-    uint32_t warps = choose_warps(args, blocks);
     struct small_shape shape = {};
-    shape.legs = args.gated.groups ? 2 : 1;
-    shape.tiles_a_pass = warps / args.chunks;
     shape.tiles_a_block = args.tiles / blocks;
     shape.more_tiles = args.tiles % blocks;
-    shape.slot_bytes =
+    shape.record_bytes =
         record_form_of(A).bytes > record_form_of(B).bytes ? record_form_of(A).bytes : record_form_of(B).bytes;
-    size_t x = (size_t)args.k_blocks * args.columns * CUDA_BLOCK_BYTES;
-    size_t sums = (size_t)2 * warps * shape.legs * args.columns * 16 * sizeof(float);
-    size_t squares = args.norm.x ? args.k_blocks * args.columns * sizeof(float) : 0;
-    sums = sums > squares ? sums : squares;
-    size_t room =
-        device->shared_limit - MAX_WARPS * MAX_SLOTS_A_WARP * sizeof(barrier_t) - 128; // for barriers
-    if (x + sums + (size_t)warps * 2 * shape.slot_bytes > room)
+    while (1u << shape.column_shift < args.columns)
+        shape.column_shift++;
+    size_t room = device->shared_limit - MAX_WARPS * RING_SLOTS * sizeof(barrier_t) - 128; // for barriers
+    size_t shared;
+    if (!choose_shape(&shape, args, blocks, LEGS, room, &shared))
         return false;
-    uint32_t slots = (uint32_t)((room - x - sums) / (warps * shape.slot_bytes));
-    shape.slots = slots < MAX_SLOTS_A_WARP ? slots : (uint32_t)MAX_SLOTS_A_WARP;
     static uint64_t allowed;
-    if (!cuda_allow_shared(device, "product", product_small_kernel<A, B>, room, &allowed))
+    if (!cuda_allow_shared(device, "product", product_small_kernel<A, B, LEGS>, room, &allowed))
         return true; // the fault is noted: another kernel would not mend it
-    cuda_launch(device, "product", product_small_kernel<A, B>, blocks, warps * 32,
-                (size_t)warps * shape.slots * shape.slot_bytes + x + sums, args, shape);
+    cuda_launch(device, "product", product_small_kernel<A, B, LEGS>, blocks,
+                shape.tiles_a_pass * args.chunks * 32, shared, args, shape);
     return true;
+}
+
+template <int A, int B> static bool launch(struct cuda_device *device, const struct product_args &args)
+{
+    return args.gated.groups ? launch_legs<A, B, 2>(device, args) : launch_legs<A, B, 1>(device, args);
 }
 
 template <int L> static bool launch_one(struct cuda_device *device, const struct product_args &args)

@@ -1,23 +1,34 @@
 // Products with up to 64 columns: continuous batching's decode steps.
 //
-// A block takes up to 16 tiles, one a warp, and one run of K. A ring of stages in shared memory holds the
-// tiles' records of a K block and the activations of all columns of that block, used by all warps; the first
-// warp fills a stage again when all have left it, one stage late, so that it rarely waits. (A warp of its own
-// for that would cost the others a quarter of their registers.) The runs of a tile belong to blocks of one
-// cluster, whose sums meet in distributed shared memory, each block adding up an equal share of the rows. The
-// columns are padded to 8, 16, 32 or
-// 64. What was tried besides: kernels/lab/cuda_decode.md.
+// A block takes up to 16 tiles and one run of K. A ring of stages in shared memory holds the activations of
+// all columns of a K block and the tiles' records of that block, used by all warps; the first thread fills a
+// stage again when all warps have left it, one stage late, so that it rarely waits. (A warp of its own for
+// that would cost the others a quarter of their registers.) The runs of a tile belong to blocks of one
+// cluster, whose sums meet in distributed shared memory, each block adding up an equal share of the rows.
+//
+// MANY: the activations lie for more than CUDA_FEW_ROWS columns and are multiplied by `wgmma`, which takes
+// the four tiles of four warps at once and the columns, padded to 8, 16, 32 or 64, from shared memory. A warp
+// has one or two tiles: while the tensor cores multiply one, it unpacks the other. Else they lie for few
+// columns and are multiplied by `mma`, a tile a warp, which is the faster for up to 16: those that the kernel
+// for few columns (cuda_product_small.cu) does not take. Both give a column the same bits. What was tried
+// besides: kernels/lab/cuda_decode.md.
 #include <cooperative_groups.h>
 
 #include "kernels/cuda/cuda_product.cuh"
+#include "kernels/cuda/cuda_wgmma.cuh"
 
 namespace cg = cooperative_groups;
 
 enum { WIDE_TILES = 16, WIDE_STAGES = 4 };
 
+// Tiles a warp has at most; the second is as many behind the first as there are warps.
+template <bool MANY> struct wide_block {
+    static constexpr int TILES_A_WARP = MANY ? 2 : 1, MOST_WARPS = WIDE_TILES / TILES_A_WARP;
+};
+
 struct wide_shape {
     uint32_t tiles, stages;           // of a block, of its ring
-    uint32_t stage_bytes, columns_at; // of a stage: records first
+    uint32_t stage_bytes, records_at; // of a stage: columns first
 };
 
 // The part and the first tile (in it) of a block's share; tiles of one block are of one part.
@@ -42,92 +53,110 @@ __device__ __forceinline__ struct wide_place place_of(const struct product_args 
     return place;
 }
 
-// Copies the records of K block k into a stage, one lane a tile; lane 0 has told the barrier to expect them.
+// Copies the records of K block k into a stage: tiles of one panel lie together, so one copy, or two. By one
+// thread, which has told the barrier to expect them. (Copies of several lanes go out one after the other.)
 template <int L>
 __device__ __forceinline__ void copy_records(const struct product_args &args, const struct wide_place &place,
-                                             uint32_t k, unsigned char *to, barrier_t *filled, uint32_t lane)
+                                             uint32_t k, unsigned char *to, barrier_t *filled)
 {
     constexpr uint32_t BYTES = record_form_of(L).bytes;
     const struct product_part &part = args.parts[place.part];
-    if (lane < place.n_tiles)
-        copy_bulk(to + lane * BYTES,
-                  part.records + record_index(place.tile + lane, k, part.tiles, args.k_blocks) * BYTES, BYTES,
-                  filled, CACHE_FIRST_OUT);
+    for (uint32_t first = 0; first < place.n_tiles;) {
+        uint32_t tile = place.tile + first,
+                 count = min(place.n_tiles - first, PANEL_TILES - tile % PANEL_TILES);
+        copy_bulk(to + first * BYTES, part.records + record_index(tile, k, part.tiles, args.k_blocks) * BYTES,
+                  count * BYTES, filled, CACHE_FIRST_OUT);
+        first += count;
+    }
 }
 
-template <int L>
+template <int L, bool MANY>
 __device__ __forceinline__ uint32_t stage_bytes(const struct product_args &args,
                                                 const struct wide_place &place)
 {
-    return place.n_tiles * record_form_of(L).bytes + args.columns * CUDA_BLOCK_BYTES;
+    return place.n_tiles * record_form_of(L).bytes +
+           (MANY ? (args.columns + 7) / 8 * 8 : args.columns) * CUDA_BLOCK_BYTES;
 }
 
-__device__ __forceinline__ void copy_columns(const struct product_args &args, const struct wide_shape &shape,
-                                             uint32_t k, unsigned char *to, barrier_t *filled)
+template <int NT, bool MANY>
+__device__ __forceinline__ void copy_columns(const struct product_args &args, uint32_t k, unsigned char *to,
+                                             barrier_t *filled)
 {
-    copy_bulk(to + shape.columns_at, args.x + (size_t)k * CUDA_GROUP_ROWS * CUDA_BLOCK_BYTES,
-              args.columns * CUDA_BLOCK_BYTES, filled, CACHE_LAST_OUT);
+    constexpr uint32_t HALVES = 8 * 2 * CUDA_K_BLOCK, SUMS = 8 * 64; // bytes of eight rows
+    const unsigned char *from = args.x + (size_t)k * CUDA_GROUP_ROWS * CUDA_BLOCK_BYTES;
+    if (MANY) {
+        uint32_t eights = (args.columns + 7) / 8;
+        copy_bulk(to, from, eights * HALVES, filled, CACHE_LAST_OUT);
+        copy_bulk(to + NT * HALVES, from + CUDA_GROUP_ROWS / 8 * HALVES, eights * SUMS, filled,
+                  CACHE_LAST_OUT);
+    } else {
+        copy_bulk(to, from, args.columns * CUDA_BLOCK_BYTES, filled, CACHE_LAST_OUT);
+    }
+}
+
+// The ring: wgmma wants its operands at multiples of 1024.
+__device__ __forceinline__ unsigned char *ring_of(void)
+{
+    extern __shared__ __align__(1024) unsigned char shared[];
+    return shared + (-shared_address(shared) & 1023);
 }
 
 // Begins the first stages: weights do not wait for the predecessor, activations do.
-template <int L>
+template <int L, int NT, bool MANY>
 __device__ __forceinline__ void fill_ring(const struct product_args &args, const struct wide_shape &shape,
                                           const struct wide_place &place, uint32_t begin, uint32_t count,
                                           barrier_t *filled, barrier_t *drained)
 {
-    extern __shared__ __align__(128) unsigned char shared[];
-    uint32_t lane = threadIdx.x % 32;
+    unsigned char *ring = ring_of();
     if (threadIdx.x == 0) {
         for (uint32_t i = 0; i < shape.stages; i++) {
             barrier_init(filled + i, 1);
             barrier_init(drained + i, blockDim.x / 32);
         }
         barrier_publish();
-        for (uint32_t i = 0; i < count; i++)
-            barrier_expect(filled + i, stage_bytes<L>(args, place));
+        for (uint32_t i = 0; i < count; i++) {
+            barrier_expect(filled + i, stage_bytes<L, MANY>(args, place));
+            copy_records<L>(args, place, begin + i, ring + i * shape.stage_bytes + shape.records_at,
+                            filled + i);
+        }
     }
-    __syncwarp();
-    for (uint32_t i = 0; threadIdx.x < 32 && i < count; i++)
-        copy_records<L>(args, place, begin + i, shared + i * shape.stage_bytes, filled + i, lane);
     cuda_release();
     cuda_wait();
     for (uint32_t i = 0; threadIdx.x == 0 && i < count; i++)
-        copy_columns(args, shape, begin + i, shared + i * shape.stage_bytes, filled + i);
+        copy_columns<NT, MANY>(args, begin + i, ring + i * shape.stage_bytes, filled + i);
     __syncthreads();
 }
 
-// The first warp: fills `stage` with K block k once all warps have left it.
-template <int L>
+// The first thread: fills `stage` with K block k once all warps have left it.
+template <int L, int NT, bool MANY>
 __device__ __forceinline__ void refill(const struct product_args &args, const struct wide_shape &shape,
                                        const struct wide_place &place, uint32_t k, uint32_t stage,
                                        uint32_t parity, barrier_t *filled, barrier_t *drained)
 {
-    extern __shared__ __align__(128) unsigned char shared[];
-    unsigned char *to = shared + stage * shape.stage_bytes;
+    unsigned char *to = ring_of() + stage * shape.stage_bytes;
     if (threadIdx.x == 0) {
         barrier_await(drained + stage, parity);
-        barrier_expect(filled + stage, stage_bytes<L>(args, place));
-        copy_columns(args, shape, k, to, filled + stage);
+        barrier_expect(filled + stage, stage_bytes<L, MANY>(args, place));
+        copy_records<L>(args, place, k, to + shape.records_at, filled + stage);
+        copy_columns<NT, MANY>(args, k, to, filled + stage);
     }
-    __syncwarp();
-    copy_records<L>(args, place, k, to, filled + stage, threadIdx.x);
 }
 
 // The sums of a cluster's blocks, added in the order of their runs: every block does a share of the rows.
-template <int NT>
-__device__ void reduce_cluster(const struct product_args &args, const struct wide_shape &shape,
-                               const struct wide_place &place, const float (*acc)[4])
+template <int NT, int TILES>
+__device__ void reduce_cluster(const struct product_args &args, const struct wide_place &place,
+                               const float (*acc)[NT][4])
 {
-    extern __shared__ __align__(128) unsigned char shared[];
     cg::cluster_group cluster = cg::this_cluster();
-    uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    uint32_t rows = shape.tiles * CUDA_TILE_ROWS, stride = rows + 4;
-    float *sums = (float *)shared;
+    uint32_t warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    uint32_t rows = TILES * warps * CUDA_TILE_ROWS, stride = rows + 4;
+    float *sums = (float *)ring_of();
     __syncthreads(); // the ring is not read any more
 #pragma unroll
-    for (int i = 0; i < 4 * NT; i++)
-        sums[(i / 4 * 8 + 2 * (lane % 4) + i % 2) * stride + warp * CUDA_TILE_ROWS + lane / 4 +
-             i % 4 / 2 * 8] = acc[i / 4][i % 4];
+    for (int i = 0; i < TILES * 4 * NT; i++)
+        sums[(i / 4 % NT * 8 + 2 * (lane % 4) + i % 2) * stride +
+             (warp + i / 4 / NT * warps) * CUDA_TILE_ROWS + lane / 4 + i % 4 / 2 * 8] =
+            acc[i / 4 / NT][i / 4 % NT][i % 4];
     cluster.sync();
     uint32_t share = rows / args.chunks, first = cluster.block_rank() * share;
     const float *others[PRODUCT_CHUNKS];
@@ -151,64 +180,193 @@ __device__ void reduce_cluster(const struct product_args &args, const struct wid
     cluster.sync(); // nobody leaves while others read
 }
 
+// acc += factor (of the upper and the lower eight rows) x sums.
+template <int NT>
+__device__ __forceinline__ void add_sums(float (*acc)[4], float (*sums)[4], float upper, float lower)
+{
+#pragma unroll
+    for (int i = 0; i < 4 * NT; i++)
+        acc[i / 4][i % 4] = fmaf(i % 4 / 2 ? lower : upper, sums[i / 4][i % 4], acc[i / 4][i % 4]);
+}
+
+// --- four warps and their tiles ---
+
+// The weights of half a record, before the factors, as the A operands of eight wgmma.
+template <int L>
+__device__ __forceinline__ void unpack_half(const unsigned char *record, int half, int lane, unsigned *a)
+{
+    struct record_row rows[2] = {record_read_row<L>(record, lane >> 2),
+                                 record_read_row<L>(record, (lane >> 2) + 8)};
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        record_group<L>(record, rows, 4 * half + i, lane, a + 8 * i);
+}
+
+// Starts the products of half a K block: sums = A B with integer scales, else sums += A B.
 template <int L, int NT>
-__global__ void __launch_bounds__(WIDE_TILES * 32, 1)
+__device__ __forceinline__ void start_half(float (*sums)[4], const unsigned *a, uint64_t halves, int half)
+{
+    constexpr bool FRESH = record_form_of(L).integer_scales;
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        int j = 4 * half + i;
+        uint64_t b = halves + (j / 2 * 1024 + j % 2 * 64) / 16;
+        if (FRESH && i == 0)
+            wgmma_halves<NT, true>(sums, a + 8 * i, b);
+        else
+            wgmma_halves<NT, false>(sums, a + 8 * i, b);
+        wgmma_halves<NT, false>(sums, a + 8 * i + 4, b + 2);
+    }
+    wgmma_commit();
+}
+
+// Starts the products of a record's minimums with the sums of 16 activations.
+template <int L, int NT>
+__device__ __forceinline__ void start_mins(float (*sums)[4], const unsigned char *record, unsigned *a,
+                                           uint64_t sums_of_16, int lane)
+{
+    int g = lane >> 2, t = lane & 3;
+    struct record_row rows[2] = {record_read_row<L>(record, g), record_read_row<L>(record, g + 8)};
+    uint2 upper = record_mins<L>(record, rows[0], g, t), lower = record_mins<L>(record, rows[1], g + 8, t);
+    a[0] = upper.x, a[1] = lower.x, a[2] = upper.y, a[3] = lower.y;
+    wgmma_fence();
+    wgmma_halves<NT, record_form_of(L).integer_scales>(sums, a, sums_of_16);
+    wgmma_halves<NT, false>(sums, a, sums_of_16 + 2);
+    wgmma_commit();
+}
+
+// Waits for the products started before the last PENDING, which made `sums`. With integer scales acc += sums
+// times their factors, d of the record or (`mins`) dmin.
+template <int L, int NT, int PENDING>
+__device__ __forceinline__ void take_sums(float (*acc)[4], float (*sums)[4], const unsigned char *record,
+                                          int lane, bool mins)
+{
+    constexpr struct record_form form = record_form_of(L);
+    wgmma_wait<PENDING>();
+    wgmma_settled<NT>(sums);
+    if constexpr (form.integer_scales) {
+        const unsigned char *at = record + form.factors + (lane >> 2) * 4;
+        float2 upper = __half22float2(*(const __half2 *)at),
+               lower = __half22float2(*(const __half2 *)(at + 32));
+        if (mins)
+            add_sums<NT>(acc, sums, upper.y * -64.0f, lower.y * -64.0f);
+        else
+            add_sums<NT>(acc, sums, upper.x * 524288.0f, lower.x * 524288.0f);
+    }
+}
+
+// record_multiply, by four warps for their four tiles, or TILES times four. `columns`: the address in shared
+// memory of the halves of 8 NT columns, behind which their sums of 16 lie. Each turn finishes what was
+// started a tile's turn ago and starts the next.
+template <int L, int NT, int TILES>
+__device__ __forceinline__ void multiply_many(const unsigned char *const *records, uint32_t columns, int lane,
+                                              float (*acc)[NT][4])
+{
+    constexpr struct record_form form = record_form_of(L);
+    uint64_t halves = wgmma_descriptor(columns, 8 * 2 * CUDA_K_BLOCK, WGMMA_SWIZZLE_128);
+    uint64_t sums_of_16 = wgmma_descriptor(columns + NT * 8 * 2 * CUDA_K_BLOCK, 8 * 64, WGMMA_SWIZZLE_64);
+    float fresh[TILES][NT][4];
+    unsigned a[TILES][32];
+    float(*sums[TILES])[4];
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++)
+        sums[tile] = form.integer_scales ? fresh[tile] : acc[tile];
+#pragma unroll
+    for (int half = 0; half < 2; half++) { // 128 products each, then the factor in f32
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) {
+            if (half > 0)
+                take_sums<L, NT, TILES - 1>(acc[tile], sums[tile], records[tile], lane, false);
+            unpack_half<L>(records[tile], half, lane, a[tile]);
+            start_half<L, NT>(sums[tile], a[tile], halves, half);
+        }
+    }
+    if constexpr (form.has_min) {
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) {
+            take_sums<L, NT, TILES - 1>(acc[tile], sums[tile], records[tile], lane, false);
+            start_mins<L, NT>(sums[tile], records[tile], a[tile], sums_of_16, lane);
+        }
+    }
+    take_sums<L, NT, TILES - 1>(acc[0], sums[0], records[0], lane, form.has_min);
+    if constexpr (TILES == 2)
+        take_sums<L, NT, 0>(acc[1], sums[1], records[1], lane, form.has_min);
+}
+
+// A stage's products of the warp's tiles. A warp beyond the tiles is needed all the same, when its four have
+// any: it repeats the last.
+template <int L, int NT, bool MANY>
+__device__ __forceinline__ void
+multiply_stage(const struct product_args &args, const struct wide_place &place, const unsigned char *columns,
+               const unsigned char *records, uint32_t warp, uint32_t lane, float (*acc)[NT][4])
+{
+    constexpr uint32_t BYTES = record_form_of(L).bytes;
+    if constexpr (!MANY) {
+        if (warp < place.n_tiles)
+            record_multiply<L, NT>(records + warp * BYTES, columns, args.columns, lane, acc[0]);
+    } else {
+        uint32_t second = warp + blockDim.x / 32, last = place.n_tiles - 1;
+        const unsigned char *both[2] = {records + min(warp, last) * BYTES,
+                                        records + min(second, last) * BYTES};
+        if (second / 4 * 4 < place.n_tiles)
+            multiply_many<L, NT, 2>(both, shared_address(columns), lane, acc);
+        else
+            multiply_many<L, NT, 1>(both, shared_address(columns), lane, acc);
+    }
+}
+
+template <int NT, int TILES>
+__device__ __forceinline__ void store_tiles(const struct product_args &args, const struct wide_place &place,
+                                            uint32_t warp, uint32_t lane, const float (*acc)[NT][4])
+{
+#pragma unroll
+    for (int i = 0; i < TILES * 4 * NT; i++) {
+        uint32_t tile = warp + i / 4 / NT * (blockDim.x / 32);
+        if (tile < place.n_tiles)
+            product_store(args, args.parts[place.part],
+                          (place.tile + tile) * CUDA_TILE_ROWS + lane / 4 + i % 4 / 2 * 8,
+                          i / 4 % NT * 8 + 2 * (lane % 4) + i % 2, acc[i / 4 / NT][i / 4 % NT][i % 4]);
+    }
+}
+
+template <int L, int NT, bool MANY>
+__global__ void __launch_bounds__(wide_block<MANY>::MOST_WARPS * 32, 1)
     product_wide_kernel(const __grid_constant__ struct product_args args, struct wide_shape shape)
 {
-    extern __shared__ __align__(128) unsigned char shared[];
+    constexpr int TILES = wide_block<MANY>::TILES_A_WARP;
     __shared__ __align__(8) barrier_t filled[WIDE_STAGES], drained[WIDE_STAGES];
-    uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    unsigned char *ring = ring_of();
+    uint32_t warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     struct wide_place place = place_of(args, shape);
     uint32_t begin = product_chunk_begin(args, place.chunk);
     uint32_t blocks = product_chunk_begin(args, place.chunk + 1) - begin;
     uint32_t ahead = min(blocks, shape.stages); // K blocks whose copies have begun
-    fill_ring<L>(args, shape, place, begin, ahead, filled, drained);
-    float acc[NT][4] = {};
+    fill_ring<L, NT, MANY>(args, shape, place, begin, ahead, filled, drained);
+    float acc[TILES][NT][4] = {};
     for (uint32_t k = 0, stage = 0, parity = 0; k < blocks; k++) {
-        const unsigned char *from = shared + stage * shape.stage_bytes;
+        const unsigned char *columns = ring + stage * shape.stage_bytes;
         if (warp == 0 && k > 0 && ahead < blocks) { // the stage before is free, or soon
             uint32_t before = stage == 0 ? shape.stages - 1 : stage - 1;
-            refill<L>(args, shape, place, begin + ahead++, before, stage == 0 ? parity ^ 1 : parity, filled,
-                      drained);
+            refill<L, NT, MANY>(args, shape, place, begin + ahead++, before, stage == 0 ? parity ^ 1 : parity,
+                                filled, drained);
         }
         __syncwarp();
         barrier_await(filled + stage, parity);
-        if (warp < place.n_tiles)
-            record_multiply<L, NT>(from + warp * record_form_of(L).bytes, from + shape.columns_at,
-                                   args.columns, lane, acc);
+        multiply_stage<L, NT, MANY>(args, place, columns, columns + shape.records_at, warp, lane, acc);
         __syncwarp();
         if (lane == 0)
             barrier_arrive(drained + stage);
         if (++stage == shape.stages)
             stage = 0, parity ^= 1;
     }
-    if (args.chunks > 1) {
-        reduce_cluster<NT>(args, shape, place, acc);
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < 4 * NT; i++) {
-        if (warp < place.n_tiles)
-            product_store(args, args.parts[place.part],
-                          (place.tile + warp) * CUDA_TILE_ROWS + lane / 4 + i % 4 / 2 * 8,
-                          i / 4 * 8 + 2 * (lane % 4) + i % 2, acc[i / 4][i % 4]);
-    }
+    if (args.chunks > 1)
+        reduce_cluster<NT, TILES>(args, place, acc);
+    else
+        store_tiles<NT, TILES>(args, place, warp, lane, acc);
 }
 
 // --- launching ---
-
-// attributes[2], zero: of the launch, then of its clusters.
-static cudaLaunchConfig_t cluster_config(const struct cuda_device *device, const struct product_args &args,
-                                         uint32_t blocks, uint32_t threads, size_t shared,
-                                         cudaLaunchAttribute *attributes)
-{
-    cudaLaunchConfig_t config = cuda_launch_config(device, blocks, threads, shared, attributes);
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim.x = args.chunks;
-    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-    config.numAttrs = 2;
-    return config;
-}
 
 static uint32_t blocks_of(const struct product_args &args, uint32_t tiles)
 {
@@ -219,11 +377,12 @@ static uint32_t blocks_of(const struct product_args &args, uint32_t tiles)
 }
 
 // Tiles a block: what makes the rounds over all places cost least, a block costing its tiles and about two
-// more.
+// more. A block has whole turns of the four warps of a wgmma, which it need not fill. (With `mma`, 9 to 16
+// columns were seen to be the faster for whole fours of tiles, fewer columns for fuller rounds.)
 static uint32_t choose_tiles(const struct product_args &args, uint32_t places, uint32_t most)
 {
     uint32_t best = 4, best_cost = ~0u;
-    for (uint32_t tiles = 4; tiles <= most; tiles += 4) { // whole turns of the four schedulers
+    for (uint32_t tiles = 4; tiles <= most; tiles += args.many || args.columns <= 8 ? 1 : 4) {
         uint32_t cost = (blocks_of(args, tiles) + places - 1) / places * (tiles + 2);
         if (cost <= best_cost) {
             best = tiles;
@@ -235,17 +394,18 @@ static uint32_t choose_tiles(const struct product_args &args, uint32_t places, u
 
 // How many blocks of this kernel the GPU holds at once: whole clusters, so fewer than SMs. Asked once for
 // each device and number of runs; 0 after a fault.
-template <int L, int NT>
+template <int L, int NT, bool MANY>
 static uint32_t places_of(struct cuda_device *device, const struct product_args &args, size_t room)
 {
     static uint32_t known[64][PRODUCT_CHUNKS + 1];
     static uint64_t allowed;
     uint32_t *places = &known[device->index % 64][args.chunks];
-    void (*const kernel)(const struct product_args, struct wide_shape) = product_wide_kernel<L, NT>;
+    void (*const kernel)(const struct product_args, struct wide_shape) = product_wide_kernel<L, NT, MANY>;
     if (*places > 0)
         return *places;
-    cudaLaunchAttribute attributes[2] = {};
-    cudaLaunchConfig_t config = cluster_config(device, args, args.chunks, WIDE_TILES * 32, room, attributes);
+    cudaLaunchAttribute attributes[CUDA_LAUNCH_ATTRIBUTES] = {};
+    cudaLaunchConfig_t config = cuda_launch_config(device, args.chunks, wide_block<MANY>::MOST_WARPS * 32,
+                                                   room, args.chunks, attributes);
     int clusters = 0;
     config.attrs = attributes + 1; // the clusters; overlap is nothing to ask about
     config.numAttrs = 1;
@@ -256,38 +416,46 @@ static uint32_t places_of(struct cuda_device *device, const struct product_args 
     return *places;
 }
 
-template <int L, int NT> static void launch(struct cuda_device *device, const struct product_args &args)
+template <int L, int NT, bool MANY>
+static void launch(struct cuda_device *device, const struct product_args &args)
 {
     constexpr uint32_t BYTES = record_form_of(L).bytes;
-    size_t room = device->shared_limit - 1024, columns = (size_t)args.columns * CUDA_BLOCK_BYTES;
-    uint32_t most = (uint32_t)((room / 2 - columns - 128) / BYTES); // two stages at least
-    uint32_t places = places_of<L, NT>(device, args, room);
+    size_t room = device->shared_limit - 1024, aligned = room - 1024;
+    uint32_t columns = ((MANY ? 8 * NT : args.columns) * CUDA_BLOCK_BYTES + 127) / 128 * 128;
+    uint32_t most = (uint32_t)((aligned / 2 - columns - 1024) / BYTES); // two stages at least
+    uint32_t places = places_of<L, NT, MANY>(device, args, room);
     struct wide_shape shape = {};
     if (places == 0)
         return;
     shape.tiles = choose_tiles(args, places, most < WIDE_TILES ? most : (uint32_t)WIDE_TILES);
-    shape.columns_at = shape.tiles * BYTES;
-    shape.stage_bytes = (uint32_t)((shape.columns_at + columns + 127) / 128 * 128);
-    shape.stages = (uint32_t)(room / shape.stage_bytes);
+    shape.records_at = columns;
+    shape.stage_bytes = (columns + shape.tiles * BYTES + 1023) / 1024 * 1024;
+    shape.stages = (uint32_t)(aligned / shape.stage_bytes);
     shape.stages = shape.stages < WIDE_STAGES ? shape.stages : (uint32_t)WIDE_STAGES;
-    size_t sums = args.chunks > 1 ? (size_t)8 * NT * (shape.tiles * CUDA_TILE_ROWS + 4) * sizeof(float) : 0;
+    constexpr uint32_t TILES = wide_block<MANY>::TILES_A_WARP, MOST = wide_block<MANY>::MOST_WARPS;
+    uint32_t warps = shape.tiles < MOST ? (shape.tiles + 3) / 4 * 4 : MOST;
+    size_t rows = TILES * warps * CUDA_TILE_ROWS;
+    size_t sums = args.chunks > 1 ? 8 * NT * (rows + 4) * sizeof(float) : 0;
     size_t shared = (size_t)shape.stages * shape.stage_bytes;
-    cudaLaunchAttribute attributes[2] = {};
-    cudaLaunchConfig_t config = cluster_config(device, args, blocks_of(args, shape.tiles), shape.tiles * 32,
-                                               sums > shared ? sums : shared, attributes);
-    cuda_failed(device, cudaLaunchKernelEx(&config, product_wide_kernel<L, NT>, args, shape), "wide product");
+    cuda_launch_clusters(device, "wide product", product_wide_kernel<L, NT, MANY>,
+                         blocks_of(args, shape.tiles), warps * 32, (sums > shared ? sums : shared) + 1024,
+                         args.chunks, args, shape);
 }
 
 template <int L> static void launch_columns(struct cuda_device *device, const struct product_args &args)
 {
-    if (args.columns <= 8)
-        launch<L, 1>(device, args);
+    if (!args.many && args.columns <= 8)
+        launch<L, 1, false>(device, args);
+    else if (!args.many)
+        launch<L, 2, false>(device, args);
+    else if (args.columns <= 8)
+        launch<L, 1, true>(device, args);
     else if (args.columns <= 16)
-        launch<L, 2>(device, args);
+        launch<L, 2, true>(device, args);
     else if (args.columns <= 32)
-        launch<L, 4>(device, args);
+        launch<L, 4, true>(device, args);
     else
-        launch<L, 8>(device, args);
+        launch<L, 8, true>(device, args);
 }
 
 void product_wide(struct cuda_device *device, const struct product_args &args, int layout)

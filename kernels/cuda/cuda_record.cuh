@@ -111,37 +111,6 @@ __host__ __device__ inline size_t record_index(uint32_t tile, uint32_t k_block, 
     return (size_t)panel * PANEL_TILES * k_blocks + (size_t)k_block * width + tile % PANEL_TILES;
 }
 
-// --- small arithmetic on pairs of halves held in words ---
-
-__device__ __forceinline__ unsigned pair_multiply(unsigned a, unsigned b)
-{
-    unsigned c;
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
-    return c;
-}
-
-__device__ __forceinline__ unsigned pair_fma(unsigned a, unsigned b, unsigned c)
-{
-    unsigned d;
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-    return d;
-}
-
-__device__ __forceinline__ unsigned pair_add(unsigned a, unsigned b)
-{
-    unsigned c;
-    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
-    return c;
-}
-
-// (a & b) | c in one instruction.
-__device__ __forceinline__ unsigned and_or(unsigned a, unsigned b, unsigned c)
-{
-    unsigned d;
-    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-    return d;
-}
-
 __device__ __forceinline__ unsigned shift(unsigned a, int right)
 {
     return right >= 0 ? a >> right : a << -right;
@@ -172,22 +141,30 @@ __device__ __forceinline__ unsigned word_of(const uint4 &four, int i)
     return i == 0 ? four.x : i == 1 ? four.y : i == 2 ? four.z : four.w;
 }
 
-// The multiplier of K group j as a pair of equal halves. j is a constant after unrolling.
+// The multipliers of K groups 2 i and 2 i + 1, in the low and the high half. i is a constant after unrolling.
 template <int L>
-__device__ __forceinline__ unsigned record_multiplier(const struct record_row &row, int j, int t)
+__device__ __forceinline__ unsigned record_multipliers(const struct record_row &row, int i, int t)
 {
     constexpr struct record_form form = record_form_of(L);
     if constexpr (!form.integer_scales)
-        return __byte_perm(word_of(row.scales, j / 2), 0, j % 2 ? 0x3232 : 0x1010);
-    constexpr unsigned ZERO = form.per_16 ? 128 : 0; // signed scales are stored with 128 added
-    unsigned biased;                                 // 1024 + stored byte
+        return word_of(row.scales, i);
+    constexpr float BIAS = form.per_16 ? 1024 + 128 : 1024; // signed scales are stored with 128 added
+    unsigned biased;                                        // 1024 + stored byte
     if constexpr (form.per_16)
-        biased = __byte_perm(word_of(row.scales, j / 2), 0x64646464, 0x4040 + (2 * j % 4 + t / 2) * 0x0101);
+        biased = __byte_perm(word_of(row.scales, i), 0x64646464, 0x4240 + t / 2 * 0x0101);
     else
-        biased = __byte_perm(word_of(row.scales, j / 4), 0x64646464, 0x4040 + j % 4 * 0x0101);
-    const __half2 times = __float2half2_rn(j % 2 ? 2.0f : 32.0f);
-    const __half2 minus = __float2half2_rn(-(j % 2 ? 2.0f : 32.0f) * (1024 + ZERO));
+        biased = __byte_perm(word_of(row.scales, i / 2), 0x64646464, 0x4140 + i % 2 * 0x0202);
+    const __half2 times = __floats2half2_rn(32.0f, 2.0f);
+    const __half2 minus = __floats2half2_rn(-32.0f * BIAS, -2.0f * BIAS);
     return pair_fma(biased, *(const unsigned *)&times, *(const unsigned *)&minus);
+}
+
+// The multiplier of K group j as a pair of equal halves.
+template <int L>
+__device__ __forceinline__ unsigned record_multiplier(const struct record_row &row, int j, int t)
+{
+    unsigned both = record_multipliers<L>(row, j / 2, t);
+    return j % 2 ? pair_high(both) : pair_low(both);
 }
 
 // The weights of K group j, before the row's or block's f32 factor, as the A operands of two mma: a[0..3],
@@ -342,37 +319,114 @@ record_multiply_mins(const unsigned char *record, const struct record_row *rows,
     }
 }
 
+// What all products with a record begin with.
+template <int L> struct record_head {
+    struct record_row rows[2];
+    float2 factors[2]; // of rows g and g + 8
+
+    __device__ __forceinline__ void read(const unsigned char *record, int lane)
+    {
+        constexpr struct record_form form = record_form_of(L);
+        int g = lane >> 2;
+        rows[0] = record_read_row<L>(record, g);
+        rows[1] = record_read_row<L>(record, g + 8);
+        factors[0] = factors[1] = make_float2(0, 0);
+        if constexpr (form.integer_scales) {
+            factors[0] = __half22float2(*(const __half2 *)(record + form.factors + g * 4));
+            factors[1] = __half22float2(*(const __half2 *)(record + form.factors + g * 4 + 32));
+        }
+    }
+};
+
+// acc += what 128 products came to, times the factor of their block where there are integer scales. (Without,
+// sums began with acc.)
+template <int L>
+__device__ __forceinline__ void record_add_half(const float2 *factors, const float *sums, float *acc)
+{
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        acc[i] =
+            record_form_of(L).integer_scales ? fmaf(factors[i / 2].x * 524288.0f, sums[i], acc[i]) : sums[i];
+}
+
+template <int L> __device__ __forceinline__ void record_begin_half(float *sums, const float *acc)
+{
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        sums[i] = record_form_of(L).integer_scales ? 0 : acc[i];
+}
+
 // acc += the record's product with K block `x` of `count` columns: records of an activation, 576 bytes each.
 // Every column sees the same operations in the same order, whatever NT is and whatever stands beside it.
 template <int L, int NT>
 __device__ __forceinline__ void record_multiply(const unsigned char *record, const unsigned char *x,
                                                 uint32_t count, int lane, float (*acc)[4])
 {
-    constexpr struct record_form form = record_form_of(L);
-    int g = lane >> 2;
-    struct record_row rows[2] = {record_read_row<L>(record, g), record_read_row<L>(record, g + 8)};
+    struct record_head<L> head;
     const unsigned char *columns[NT];
-    float2 factors[2] = {};
+    head.read(record, lane);
     record_columns<NT>(x, count, lane, columns);
-    if constexpr (form.integer_scales) {
-        factors[0] = __half22float2(*(const __half2 *)(record + form.factors + g * 4));
-        factors[1] = __half22float2(*(const __half2 *)(record + form.factors + g * 4 + 32));
-    }
 #pragma unroll
     for (int half = 0; half < 2; half++) { // 128 products each, then the factor in f32
         float sums[NT][4];
 #pragma unroll
-        for (int i = 0; i < 4 * NT; i++)
-            sums[i / 4][i % 4] = form.integer_scales ? 0 : acc[i / 4][i % 4];
-        record_multiply_half<L, NT>(record, rows, columns, 4 * half, lane, sums);
+        for (int n = 0; n < NT; n++)
+            record_begin_half<L>(sums[n], acc[n]);
+        record_multiply_half<L, NT>(record, head.rows, columns, 4 * half, lane, sums);
 #pragma unroll
-        for (int i = 0; i < 4 * NT; i++)
-            acc[i / 4][i % 4] = form.integer_scales ? fmaf(factors[i % 4 / 2].x * 524288.0f,
-                                                           sums[i / 4][i % 4], acc[i / 4][i % 4])
-                                                    : sums[i / 4][i % 4];
+        for (int n = 0; n < NT; n++)
+            record_add_half<L>(head.factors, sums[n], acc[n]);
     }
-    if constexpr (form.has_min)
-        record_multiply_mins<L, NT>(record, rows, columns, factors, lane, acc);
+    if constexpr (record_form_of(L).has_min)
+        record_multiply_mins<L, NT>(record, head.rows, columns, head.factors, lane, acc);
+}
+
+// The same for two records and up to 8 columns, step by step in turn, so that one's products do not wait for
+// the other's: of two tiles (each has an acc of its own), or, with integer scales, of two K blocks in a row
+// of one tile (one acc: what is added to it is made side by side, and added in order).
+template <int L>
+__device__ __forceinline__ void record_multiply_two(const unsigned char *const *records,
+                                                    const unsigned char *const *x, uint32_t count, int lane,
+                                                    float (*const *acc)[4])
+{
+    struct record_head<L> head[2];
+    const unsigned char *columns[2];
+    float sums[2][2][4]; // [record][half]
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        head[r].read(records[r], lane);
+        record_columns<1>(x[r], count, lane, &columns[r]);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+            record_begin_half<L>(sums[r][half], half == 0 ? acc[r][0] : sums[r][0]);
+#pragma unroll
+        for (int j = 4 * half; j < 4 * half + 4; j++) {
+            unsigned a[2][8];
+            uint4 b[2];
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                record_group<L>(records[r], head[r].rows, j, lane, a[r]);
+                b[r] = *(const uint4 *)(columns[r] + j * 64);
+            }
+#pragma unroll
+            for (int r = 0; r < 2; r++)
+                mma_halves(sums[r][half], a[r][0], a[r][1], a[r][2], a[r][3], b[r].x, b[r].y);
+#pragma unroll
+            for (int r = 0; r < 2; r++)
+                mma_halves(sums[r][half], a[r][4], a[r][5], a[r][6], a[r][7], b[r].z, b[r].w);
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+#pragma unroll
+        for (int half = record_form_of(L).integer_scales ? 0 : 1; half < 2; half++)
+            record_add_half<L>(head[r].factors, sums[r][half], acc[r][0]);
+        if constexpr (record_form_of(L).has_min)
+            record_multiply_mins<L, 1>(records[r], head[r].rows, &columns[r], head[r].factors, lane, acc[r]);
+    }
 }
 
 #endif

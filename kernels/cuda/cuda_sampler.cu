@@ -135,8 +135,7 @@ __device__ void draw_row(struct vocab_row &part, const struct sample_call &call,
 }
 
 template <bool SHARED>
-__global__ void ROW_CLUSTER __launch_bounds__(ROW_THREADS, 2)
-    sample_rows(const __grid_constant__ struct sample_call call)
+__global__ void __launch_bounds__(ROW_THREADS, 2) sample_rows(const __grid_constant__ struct sample_call call)
 {
     extern __shared__ float4 part_memory[];
     __shared__ struct row_shared shared;
@@ -190,8 +189,7 @@ struct score_call {
 };
 
 // The logits are read where they lie: only alternatives need more than two passes.
-__global__ void ROW_CLUSTER __launch_bounds__(ROW_THREADS, 2)
-    score_rows(const __grid_constant__ struct score_call call)
+__global__ void __launch_bounds__(ROW_THREADS, 2) score_rows(const __grid_constant__ struct score_call call)
 {
     __shared__ struct row_shared shared;
     const struct score_row row = call.rows[blockIdx.y];
@@ -271,6 +269,11 @@ static uint32_t row_parts(void)
 {
     static const uint32_t parts = query_parts();
     return parts;
+}
+
+static uint32_t row_cluster(void)
+{
+    return row_parts() > 1 ? row_parts() : 0;
 }
 
 // Bytes of shared memory that a block can have for its part of a row.
@@ -418,9 +421,9 @@ void cuda_sample(struct device *base, struct sampler *sampler, const float *logi
     for (uint32_t first = 0; first < n_rows; first += CALL_ROWS) {
         uint32_t count = n_rows - first < CALL_ROWS ? n_rows - first : CALL_ROWS;
         memcpy(call.rows, rows + first, count * sizeof *rows);
-        cuda_launch(cuda_device_of(base), "sample",
-                    sampler->row_bytes ? sample_rows<true> : sample_rows<false>, dim3(row_parts(), count),
-                    ROW_THREADS, sampler->row_bytes, call);
+        cuda_launch_clusters(cuda_device_of(base), "sample",
+                             sampler->row_bytes ? sample_rows<true> : sample_rows<false>,
+                             dim3(row_parts(), count), ROW_THREADS, sampler->row_bytes, row_cluster(), call);
     }
 }
 
@@ -435,7 +438,7 @@ void cuda_score(struct device *base, const float *logits, uint32_t vocab, const 
     for (uint32_t first = 0; first < n_rows; first += CALL_ROWS) {
         uint32_t count = n_rows - first < CALL_ROWS ? n_rows - first : CALL_ROWS;
         memcpy(call.rows, rows + first, count * sizeof *rows);
-        cuda_launch(cuda_device_of(base), "score", score_rows, dim3(row_parts(), count), ROW_THREADS, 0,
-                    call);
+        cuda_launch_clusters(cuda_device_of(base), "score", score_rows, dim3(row_parts(), count), ROW_THREADS,
+                             0, row_cluster(), call);
     }
 }

@@ -33,10 +33,8 @@ enum {
 #define ROW_MOST_PARTS 8
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 #define ROW_PARTS 1
-#define ROW_CLUSTER
 #else
 #define ROW_PARTS ROW_MOST_PARTS
-#define ROW_CLUSTER __cluster_dims__(ROW_PARTS, 1, 1)
 #endif
 
 typedef unsigned long long row_mass; // in units of 2^-42; at most 2^20 tokens of weight 1 in all

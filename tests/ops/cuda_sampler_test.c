@@ -272,7 +272,8 @@ START_TEST(test_requests)
     for (size_t c = 0; c < sizeof CASES / sizeof *CASES; c++) {
         struct pair pair = pair_open(ROWS, CASES[c].vocab);
         float *logits = malloc((size_t)ROWS * pair.vocab * sizeof *logits);
-        for (uint32_t round = 0; round < CASES[c].rounds; round++)
+        uint32_t rounds = fixture_is_slow() ? (CASES[c].rounds + 9) / 10 : CASES[c].rounds;
+        for (uint32_t round = 0; round < rounds; round++)
             compare_round(&pair, logits, &tally);
         free(logits);
         pair_close(&pair);

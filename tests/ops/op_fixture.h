@@ -154,7 +154,7 @@ static inline float fixture_half_value(uint16_t half)
 }
 
 // CUDA's layout, as kernels/cuda/cuda_kernel.cuh describes it.
-enum { FIXTURE_BLOCK = 256, FIXTURE_GROUP = 64, FIXTURE_RECORD = 576 };
+enum { FIXTURE_BLOCK = 256, FIXTURE_GROUP = 64, FIXTURE_RECORD = 576, FIXTURE_FEW = 16 };
 
 // The sums that a record keeps, over 64 and in two halves each, must be those of its halves, 16 by 16; a
 // prompt's row keeps none.
@@ -176,6 +176,23 @@ static inline void fixture_check_sums(const unsigned char *record, const float *
     }
 }
 
+// The record of a row out of a K block of many rows, where it lies in pieces.
+static inline void fixture_gather(unsigned char *record, const unsigned char *block, uint32_t row)
+{
+    uint32_t r = row % 8;
+    const unsigned char *halves = block + row / 8 * 8 * 2 * FIXTURE_BLOCK;
+    const unsigned char *sums = block + FIXTURE_GROUP * 2 * FIXTURE_BLOCK + row * 64;
+    for (uint32_t k = 0; k < FIXTURE_BLOCK; k++) {
+        uint32_t unit = k % 64 / 32 * 4 + k % 8 / 2, in_unit = k % 32 / 8 * 4 + k % 2 * 2;
+        memcpy(record + 2 * k, halves + k / 64 * 1024 + r * 128 + (unit ^ r) * 16 + in_unit, 2);
+    }
+    for (uint32_t s = 0; s < FIXTURE_BLOCK / 16; s++) {
+        unsigned char *to = record + 2 * FIXTURE_BLOCK + 2 * (s % 8 / 2 * 8 + s / 8 * 2 + s % 2);
+        memcpy(to, sums + ((s / 8) ^ (r / 2)) * 16 + s % 8 * 2, 2);
+        memcpy(to + 8, sums + ((2 + s / 8) ^ (r / 2)) * 16 + s % 8 * 2, 2);
+    }
+}
+
 static inline void fixture_cuda_row(struct device *device, const struct activation *from, uint32_t row,
                                     float *out)
 {
@@ -188,10 +205,14 @@ static inline void fixture_cuda_row(struct device *device, const struct activati
     for (uint32_t b = 0; b < blocks; b++) {
         unsigned char record[FIXTURE_RECORD];
         float values[FIXTURE_BLOCK];
-        size_t in_group = (size_t)b * FIXTURE_GROUP + row % FIXTURE_GROUP;
-        if (generated)
-            fixture_get(device, record, data + row / FIXTURE_GROUP * group + in_group * FIXTURE_RECORD,
-                        sizeof record);
+        const unsigned char *block =
+            data + row / FIXTURE_GROUP * group + (size_t)b * FIXTURE_GROUP * FIXTURE_RECORD;
+        if (generated && from->n_generated > FIXTURE_FEW) {
+            static unsigned char whole[FIXTURE_GROUP * FIXTURE_RECORD];
+            fixture_get(device, whole, block, sizeof whole);
+            fixture_gather(record, whole, row % FIXTURE_GROUP);
+        } else if (generated)
+            fixture_get(device, record, block + row % FIXTURE_GROUP * FIXTURE_RECORD, sizeof record);
         else
             fixture_get(device, record,
                         rows + ((size_t)(row - from->n_generated) * blocks + b) * 2 * FIXTURE_BLOCK,
