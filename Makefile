@@ -4,9 +4,10 @@
 #   make check   build, run every test
 #   make         build only
 #
-# Also: check-asan, check-tsan (the whole suite under sanitizers), fuzz (FUZZ_SECONDS a target), bench (MODEL), format,
-# clean. With a GPU: gpu-check (PARTS=ops engine e2e sanitizer), gpu-bench (OPTIONS for gpu_bench.py). Without one, for
-# another machine: gpu-build packs build-gpu/, which scripts/gpu_check.sh and scripts/gpu_bench.sh run there.
+# Also: check-asan, check-tsan (the whole suite under sanitizers), check-emulated (the CUDA kernels on this processor),
+# fuzz (FUZZ_SECONDS a target), bench (MODEL), format, clean. With a GPU: gpu-check (PARTS=ops engine e2e sanitizer),
+# gpu-bench (OPTIONS for gpu_bench.py); with two, gpu-pair (OPTIONS for gpu_pair.py). Without one, for another machine:
+# gpu-build packs build-gpu/, which gpu_check.sh, gpu_bench.sh and gpu_pair.sh in scripts/ run there.
 
 BUILD ?= build
 JOBS ?= $(shell nproc)
@@ -14,8 +15,8 @@ FUZZ_SECONDS ?= 60
 CMAKE_FLAGS ?=
 export CTEST_OUTPUT_ON_FAILURE = 1
 
-.PHONY: all deps configure build programs demo check check-asan check-tsan fuzz bench format clean gpu-check \
-        gpu-bench gpu-build
+.PHONY: all deps configure build programs demo check check-asan check-tsan check-emulated fuzz bench format clean \
+        gpu-check gpu-bench gpu-pair gpu-build
 
 all: build
 
@@ -55,6 +56,16 @@ check-tsan:
 
 comma := ,
 
+# The suites that run on a GPU, with every kernel compiled for this processor (tests/emulator). Not those of a GPU's
+# faults and of NCCL.
+EMULATED_SUITES = ops/(matmul|project|rows|embed|stamp|engine|cuda_)|unit/(executor|weight_cache|memory_plan)
+
+check-emulated:
+	@scripts/install_dependencies.sh
+	@cmake -S . -B $(BUILD)-emulated -G Ninja -DSTRATA_CUDA=EMULATED $(CMAKE_FLAGS) > /dev/null
+	@ninja -C $(BUILD)-emulated -j$(JOBS)
+	@ctest --test-dir $(BUILD)-emulated -j$(JOBS) -R '$(EMULATED_SUITES)' -E cuda_fault
+
 fuzz:
 	@scripts/install_dependencies.sh
 	@scripts/fuzz.sh $(BUILD)-fuzz $(FUZZ_SECONDS)
@@ -70,11 +81,15 @@ gpu-bench: CMAKE_FLAGS += -DSTRATA_CUDA=ON
 gpu-bench: programs
 	@scripts/gpu_bench.sh $(BUILD) $(OPTIONS)
 
+gpu-pair: CMAKE_FLAGS += -DSTRATA_CUDA=ON
+gpu-pair: programs
+	@scripts/gpu_pair.sh $(BUILD) $(OPTIONS)
+
 gpu-build: deps
 	@scripts/gpu_pack.sh
 
 format:
-	@git ls-files '*.c' '*.h' '*.cu' '*.cuh' | xargs clang-format -i
+	@git ls-files '*.c' '*.h' '*.cu' '*.cuh' '*.cpp' | xargs clang-format -i
 
 clean:
-	@rm -rf $(BUILD) $(BUILD)-asan $(BUILD)-tsan $(BUILD)-fuzz build-static build-gpu
+	@rm -rf $(BUILD) $(BUILD)-asan $(BUILD)-tsan $(BUILD)-fuzz $(BUILD)-emulated build-static build-gpu

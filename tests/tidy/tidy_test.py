@@ -16,8 +16,8 @@ LINE_COLUMNS = 120
 FILE_LINES = 800
 TEST_FILE_LINES = 900
 FUNCTION_LINES = 70
-TEXT = {".c", ".h", ".cu", ".cuh", ".py", ".sh", ".proto", ".cmake", ".txt", ".md", ".yaml", ".yml", ""}
-SOURCE = {".c", ".h", ".cu", ".cuh"}
+TEXT = {".c", ".h", ".cu", ".cuh", ".cpp", ".py", ".sh", ".proto", ".cmake", ".txt", ".md", ".yaml", ".yml", ""}
+SOURCE = {".c", ".h", ".cu", ".cuh", ".cpp"}
 
 # Folder -> folders whose headers it may include. Folders not named here (tests, examples) may include anything.
 MAY_INCLUDE = {
