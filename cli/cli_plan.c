@@ -19,7 +19,8 @@ static const struct option OPTIONS[] = {
     {NULL, 0, OPTION_FLAG, NULL, NULL, NULL, 0, 0},
 };
 static const char USAGE[] = "strata plan MODEL.gguf [options]";
-static const char ABOUT[] = "Prints how a model would be split over workers: for each stage its layers, the "
+static const char ABOUT[] = "Prints how a model would be split over workers by bytes, before anything is "
+                            "measured: for each stage its layers, the "
                             "bytes of its weights in the file, "
                             "and the bytes of key/value cache with which every sequence could reach the "
                             "whole context. Nothing is loaded.";
@@ -96,7 +97,7 @@ static int read_outlook(struct outlook *outlook, const struct config *config, st
     status = model_spec_read(&outlook->spec, gguf, error);
     if (!status)
         status = shard_plan_make(&outlook->plan, &outlook->spec, gguf,
-                                 (uint32_t)config_int(config, "workers"), error);
+                                 (uint32_t)config_int(config, "workers"), NULL, error);
     gguf_close(gguf);
     if (status)
         return status;

@@ -12,6 +12,7 @@
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/signalfd.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -48,6 +49,8 @@ static const struct option OPTIONS[] = {
     {"chunk", 0, OPTION_INT, "N", NULL, "Positions of one prompt computed in one step at most.", 0, 0},
     {"kv-pages", 0, OPTION_INT, "N", NULL, "KV pages of 64 positions (default: what fits).", 0, 0},
     {"memory-fraction", 0, OPTION_FLOAT, "X", NULL, "Share of free memory for weights and KV.", 0, 0},
+    {"balance", 0, OPTION_STRING, "time|bytes", NULL,
+     "What the stages share evenly: measured time (the default) or the bytes of the weights.", 0, 0},
     {"step-timeout", 0, OPTION_FLOAT, "SECONDS", NULL, "A step without result for so long fails the pool.", 0,
      0},
     {"drain-timeout", 0, OPTION_FLOAT, "SECONDS", NULL, "How long running requests may finish after SIGTERM.",
@@ -65,6 +68,11 @@ static const struct option OPTIONS[] = {
     {"level", 0, OPTION_STRING, "NAME", NULL, "Instruction set at most: portable, avx2 or avx512.", 0, 0},
     {"backend", 0, OPTION_STRING, "NAME", NULL,
      "The backend of the workers, cpu or cuda (default: cuda where there are GPUs).", 0, 0},
+    {"trace", 0, OPTION_STRING, "DIR", NULL,
+     "Each worker writes what it does, step by step, to DIR/NAME.json (DIR/worker-0.json and so on), as "
+     "Chrome "
+     "trace events; anew when it is started again.",
+     0, 0},
     {"progress", 0, OPTION_FLAG, NULL, NULL,
      "Draw a bar while loading, also when standard error is no terminal.", 0, 0},
     {"log-level", 0, OPTION_STRING, "LEVEL", "info",
@@ -74,9 +82,9 @@ static const struct option OPTIONS[] = {
 };
 
 static const char *const COORDINATOR_OPTIONS[] = {
-    "context",         "max-sequences", "max-waiting",   "step-budget",        "chunk",      "kv-pages",
-    "memory-fraction", "step-timeout",  "drain-timeout", "max-connection-age", "model-name", "python",
-    "tls-cert",        "tls-key",       "tls-ca",        "log-level",          NULL};
+    "balance",  "context",         "max-sequences", "max-waiting",   "step-budget",        "chunk",
+    "kv-pages", "memory-fraction", "step-timeout",  "drain-timeout", "max-connection-age", "model-name",
+    "python",   "tls-cert",        "tls-key",       "tls-ca",        "log-level",          NULL};
 static const char *const WORKER_OPTIONS[] = {"threads", "level", "log-level", NULL};
 
 static const char USAGE[] = "strata serve [options] MODEL.gguf";
@@ -178,6 +186,9 @@ static int prepare_worker(struct supervisor *s, uint32_t index, struct error *er
         status = add_argument(child, error, "--listen-link=unix:%s/link-%u", s->directory, index);
     if (status == STATUS_OK)
         status = add_device(s, child, index, error);
+    if (status == STATUS_OK && config_is_set(s->config, "trace"))
+        status =
+            add_argument(child, error, "--trace=%s/worker-%u.json", config_string(s->config, "trace"), index);
     if (status == STATUS_OK && !config_is_set(s->config, "threads")) {
         long cores = sysconf(_SC_NPROCESSORS_ONLN);
         long share = cores / (long)s->n_workers;
@@ -394,11 +405,23 @@ static int choose_devices(struct supervisor *s, struct error *error)
     return STATUS_OK;
 }
 
+// The workers say it of a file; here nothing has been started yet.
+static int make_trace_directory(const struct supervisor *s, struct error *error)
+{
+    const char *path = config_string(s->config, "trace");
+    if (!path || ((mkdir(path, 0777) == 0 || errno == EEXIST) && access(path, W_OK | X_OK) == 0))
+        return STATUS_OK;
+    return error_set(error, STATUS_INVALID, "--trace: no files can be written to %s: %s", path,
+                     strerror(errno));
+}
+
 static int set_up(struct supervisor *s, struct error *error)
 {
     int status = process_own_directory(s->programs, sizeof(s->programs), error);
     if (status == STATUS_OK)
         status = choose_devices(s, error);
+    if (status == STATUS_OK)
+        status = make_trace_directory(s, error);
     if (status)
         return status;
     strcpy(s->directory, "/tmp/strata-XXXXXX");

@@ -22,11 +22,13 @@ static const char *pool_state_name(enum wire_pool_state state)
 
 static json_t *stage_json(const struct wire_stage *stage)
 {
-    return json_pack("{s:i, s:s, s:s, s:i, s:i, s:I, s:I, s:I, s:I, s:s, s:f}", "index", (int)stage->index,
-                     "worker", stage->worker, "device", stage->device, "first_layer", (int)stage->first_layer,
-                     "layers", (int)stage->layers, "weight_bytes", (json_int_t)stage->weight_bytes,
-                     "kv_bytes", (json_int_t)stage->kv_bytes, "loaded_bytes", (json_int_t)stage->loaded_bytes,
-                     "load_bytes", (json_int_t)stage->load_bytes, "state", stage->state, "busy", stage->busy);
+    return json_pack("{s:i, s:s, s:s, s:i, s:i, s:I, s:I, s:I, s:I, s:s, s:f, s:f, s:I, s:I}", "index",
+                     (int)stage->index, "worker", stage->worker, "device", stage->device, "first_layer",
+                     (int)stage->first_layer, "layers", (int)stage->layers, "weight_bytes",
+                     (json_int_t)stage->weight_bytes, "kv_bytes", (json_int_t)stage->kv_bytes, "loaded_bytes",
+                     (json_int_t)stage->loaded_bytes, "load_bytes", (json_int_t)stage->load_bytes, "state",
+                     stage->state, "busy", stage->busy, "waiting", stage->waiting, "layer_ns",
+                     (json_int_t)stage->layer_ns, "head_ns", (json_int_t)stage->head_ns);
 }
 
 static void print_json(const struct wire_model *model, const struct wire_pool *pool)
@@ -59,6 +61,15 @@ static uint32_t count_joined(const struct wire_pool *pool)
     return n;
 }
 
+// What the layers were dealt by, where it was measured.
+static void print_times(const struct wire_stage *stage)
+{
+    if (stage->layer_ns)
+        printf(", %.3f ms a layer", (double)stage->layer_ns / 1e6);
+    if (stage->head_ns)
+        printf(", head %.3f ms", (double)stage->head_ns / 1e6);
+}
+
 static void print_text(const struct wire_model *model, const struct wire_pool *pool)
 {
     printf("model  %s (%s), %u layers, context %u of %u, %.1f MiB\n", model->name, model->architecture,
@@ -75,10 +86,12 @@ static void print_text(const struct wire_model *model, const struct wire_pool *p
                    stage->first_layer, stage->first_layer + stage->layers - 1);
             continue;
         }
-        printf("stage %u  %-10s layers %u-%u, weights %.1f MiB, KV %.1f MiB, busy %.0f%%  %s (%s)\n",
-               stage->index, stage->state, stage->first_layer, stage->first_layer + stage->layers - 1,
-               (double)stage->weight_bytes / (1 << 20), (double)stage->kv_bytes / (1 << 20),
-               stage->busy * 100, stage->worker, stage->device);
+        printf("stage %u  %-10s layers %u-%u, weights %.1f MiB, KV %.1f MiB", stage->index, stage->state,
+               stage->first_layer, stage->first_layer + stage->layers - 1,
+               (double)stage->weight_bytes / (1 << 20), (double)stage->kv_bytes / (1 << 20));
+        print_times(stage);
+        printf(", busy %.0f%%, waiting %.0f%%  %s (%s)\n", stage->busy * 100, stage->waiting * 100,
+               stage->worker, stage->device);
     }
 }
 

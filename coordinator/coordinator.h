@@ -24,6 +24,7 @@ struct coordinator_options {        // strings outlive the coordinator; zero mea
     uint32_t step_budget;           // positions of one step [512]
     uint32_t chunk;                 // positions of one prompt chunk [256]
     uint32_t n_pages;               // KV pages [what the workers' memory allows]
+    bool by_bytes;                  // layers are dealt by their bytes alone, not by measured time
     double memory_fraction;         // of the workers' free memory for weights and KV [0.9]
     int64_t step_timeout_us;        // [30 s]
     int64_t drain_timeout_us;       // requests that run when a stop is asked for may take so long; 0 = none

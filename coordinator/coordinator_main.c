@@ -41,6 +41,11 @@ static const struct option options[] = {
      1, 1 << 24},
     {"memory-fraction", 0, OPTION_FLOAT, "X", "0.9",
      "Share of a worker's free memory that weights and KV pages may take.", 0.05, 1},
+    {"balance", 0, OPTION_STRING, "time|bytes", "time",
+     "What the stages of a pool share evenly: the time that workers measured for layers and head after they "
+     "loaded, "
+     "or the bytes of the weights.",
+     0, 0},
     {"step-timeout", 0, OPTION_FLOAT, "SECONDS", "30",
      "A step that takes longer means that a worker hangs. Long prompts are given time in proportion.", 0.1,
      86400},
@@ -88,6 +93,7 @@ static struct coordinator_options read_options(const struct config *config)
         .chunk = (uint32_t)config_int(config, "chunk"),
         .n_pages = config_is_set(config, "kv-pages") ? (uint32_t)config_int(config, "kv-pages") : 0,
         .memory_fraction = config_float(config, "memory-fraction"),
+        .by_bytes = strcmp(config_string(config, "balance"), "bytes") == 0,
         .step_timeout_us = seconds(config, "step-timeout"),
         .drain_timeout_us = seconds(config, "drain-timeout"),
         .max_connection_age_ms = (uint32_t)(config_float(config, "max-connection-age") * 1e3),
@@ -179,6 +185,8 @@ int main(int argc, char **argv)
         fprintf(stderr, "strata-coordinator: no model was given (--model FILE)\n");
     } else if (log_level_parse(config_string(config, "log-level"), &level)) {
         fprintf(stderr, "strata-coordinator: --log-level must be debug, info, warn or error\n");
+    } else if (!given.by_bytes && strcmp(config_string(config, "balance"), "time") != 0) {
+        fprintf(stderr, "strata-coordinator: --balance must be time or bytes\n");
     } else if (config_positional_count(config) > (config_is_set(config, "model") ? 0 : 1)) {
         fprintf(stderr, "strata-coordinator: one model is served, but \"%s\" was given too\n",
                 config_positional(config, config_positional_count(config) - 1));

@@ -146,6 +146,7 @@ static int open_steps(struct coordinator *hall, struct error *error)
                                              .max_positions = options->step_budget,
                                              .n_pages = options->n_pages,
                                              .memory_fraction = options->memory_fraction,
+                                             .by_bytes = options->by_bytes,
                                              .bell = hall->bell};
     int status = worker_pool_new(&hall->pool, &pool, error);
     if (status)

@@ -1,6 +1,6 @@
 // The state machine of the pool (drawn in worker_pool.h): messages and time in, assignments and events out.
 // Everything here runs on the one thread that calls worker_pool_next_event; the streams' gRPC side is
-// worker_pool_join.c, the arithmetic of who holds what is worker_pool_plan.c.
+// worker_pool_join.c, the arithmetic of who holds what worker_pool_plan.c and worker_pool_balance.c.
 //
 // A member is lost in one of three ways: its stream breaks, it falls silent, or it is sent away. Each ends
 // the epoch if the member has a stage. The rest are told to drop the epoch (they keep their weights), and the
@@ -28,12 +28,13 @@ int worker_pool_new(struct worker_pool **out, const struct worker_pool_options *
     struct worker_pool *pool = calloc(1, sizeof(*pool));
     if (!pool)
         return error_set(error, STATUS_NO_MEMORY, "out of memory");
-    int status = shard_plan_make(&pool->plan, options->spec, options->gguf, options->n_workers, error);
+    int status = shard_plan_make(&pool->plan, options->spec, options->gguf, options->n_workers, NULL, error);
     if (status) {
         free(pool);
         return status;
     }
     pool->options = *options;
+    pool->bytes_plan = pool->plan;
     pool->options.heartbeat_us = options->heartbeat_us ? options->heartbeat_us : 1000000;
     pool->options.silence_us = options->silence_us ? options->silence_us : 10000000;
     pool->options.retry_us = options->retry_us ? options->retry_us : 2000000;
@@ -131,6 +132,7 @@ static void end_epoch(struct worker_pool *pool, enum wire_pool_state next, const
     }
     pool->state = next;
     pool->grace_us = 0;
+    pool_give_up_trial(pool);
     struct wire_coordinator_message abort = {
         .kind = WIRE_ABORT, .epoch = pool->epoch, .status = STATUS_UNAVAILABLE, .text = pool->problem};
     for (uint32_t s = 0; s < pool->plan.n_stages; s++) {
@@ -154,6 +156,7 @@ static void lose_member(struct worker_pool *pool, struct member *member, const c
     bool was_ready = pool->state == WIRE_POOL_READY;
     member->stage = -1;
     pool->stages[stage] = NULL;
+    pool->redealt = false; // the next ones are others
     end_epoch(pool, was_ready ? WIRE_POOL_REASSEMBLING : WIRE_POOL_WAITING, "worker %s (layers %u to %u) %s",
               member->name, member->held_first, member->held_first + member->held_layers - 1, why);
 }
@@ -194,18 +197,6 @@ uint32_t pool_count_joined(const struct worker_pool *pool)
     return count;
 }
 
-// One instruction-set level for all the workers of a backend: the least.
-static uint32_t common_level(const struct worker_pool *pool, const struct member *member)
-{
-    uint32_t level = member->level;
-    for (uint32_t s = 0; s < pool->plan.n_stages; s++) {
-        const struct member *other = pool->stages[s];
-        if (strcmp(other->backend, member->backend) == 0 && other->level < level)
-            level = other->level;
-    }
-    return level;
-}
-
 // The edge that leaves a stage; a stage alone has none.
 static enum wire_link link_after(const struct worker_pool *pool, uint32_t stage)
 {
@@ -218,6 +209,12 @@ static enum wire_link link_before(const struct worker_pool *pool, uint32_t stage
     return link_after(pool, (stage + pool->plan.n_stages - 1) % pool->plan.n_stages);
 }
 
+// A kind of device is measured once.
+static bool wants_times(const struct worker_pool *pool)
+{
+    return !pool->options.by_bytes && pool->plan.n_stages > 1 && !pool_knows_costs(pool, pool->stages);
+}
+
 static void assign(struct worker_pool *pool, uint32_t stage)
 {
     struct member *member = pool->stages[stage];
@@ -228,9 +225,11 @@ static void assign(struct worker_pool *pool, uint32_t stage)
     member->held_layers = share->n_layers;
     member->done_bytes = 0;
     member->total_bytes = share->weight_bytes;
-    member->steps_done = member->compute_us = 0;
-    member->busy = 0;
+    member->steps_done = member->compute_us = member->wait_us = 0;
+    member->busy = member->wait_share = 0;
     member->link_id_length = 0;
+    member->kv_bytes = 0;
+    member->run_level = pool_common_level(pool->stages, pool->plan.n_stages, member);
     struct wire_coordinator_message message = {.kind = WIRE_ASSIGN,
                                                .epoch = pool->epoch,
                                                .stage = stage,
@@ -241,14 +240,45 @@ static void assign(struct worker_pool *pool, uint32_t stage)
                                                .n_pages = pool->n_pages,
                                                .context = pool->options.context,
                                                .max_positions = pool->options.max_positions,
-                                               .level = common_level(pool, member),
+                                               .level = member->run_level,
                                                .next_link = link_after(pool, stage),
-                                               .previous_link = link_before(pool, stage)};
+                                               .previous_link = link_before(pool, stage),
+                                               .measure = wants_times(pool)};
     log_info("epoch %" PRIu64 ": stage %u of %u, layers %u to %u, goes to worker %s (%s)%s", pool->epoch,
              stage, pool->plan.n_stages, share->first_layer, share->first_layer + share->n_layers - 1,
              member->name, member->device,
              message.next_link == WIRE_LINK_NCCL ? ", linked to the next one over NCCL" : "");
     pool_send(pool, member, &message);
+}
+
+static int count_pages(struct worker_pool *pool, struct member *const stages[], struct error *error)
+{
+    int status = pool_count_pages(&pool->options, &pool->plan, stages, &pool->n_pages, error);
+    if (!status && pool->fitting_pages && pool->fitting_pages < pool->n_pages)
+        pool->n_pages = pool->fitting_pages;
+    return status;
+}
+
+// How these workers are dealt the layers, as far as it is known. What was dealt to others by time need not
+// fit them.
+static void choose_deal(struct worker_pool *pool, struct member *const stages[])
+{
+    struct better_deal better;
+    if (!pool_knows_costs(pool, stages) || !pool_has_room(pool, stages)) {
+        pool->plan = pool->bytes_plan;
+        pool->on_trial = false;
+    }
+    if (pool_find_better(pool, stages, &better))
+        pool_begin_trial(pool, &better);
+}
+
+static void begin_epoch(struct worker_pool *pool, int64_t now_us)
+{
+    pool->epoch++;
+    pool->state = WIRE_POOL_LOADING;
+    pool->progress_us = now_us + PROGRESS_LINE_US;
+    for (uint32_t s = 0; s < pool->plan.n_stages; s++)
+        assign(pool, s);
 }
 
 static void assemble(struct worker_pool *pool, int64_t now_us)
@@ -260,7 +290,8 @@ static void assemble(struct worker_pool *pool, int64_t now_us)
     if (!pool_deal(pool, stages))
         return; // somebody has to join first
     struct error error = {0};
-    if (pool_count_pages(&pool->options, &pool->plan, stages, &pool->n_pages, &error)) {
+    choose_deal(pool, stages);
+    if (count_pages(pool, stages, &error)) {
         if (strcmp(pool->problem, error.text) != 0)
             log_error("%s", error.text);
         snprintf(pool->problem, sizeof(pool->problem), "%s", error.text);
@@ -268,14 +299,8 @@ static void assemble(struct worker_pool *pool, int64_t now_us)
         back_off(pool, now_us);
         return;
     }
-    if (pool->fitting_pages && pool->fitting_pages < pool->n_pages)
-        pool->n_pages = pool->fitting_pages;
-    pool->epoch++;
-    pool->state = WIRE_POOL_LOADING;
-    pool->progress_us = now_us + PROGRESS_LINE_US;
     memcpy(pool->stages, stages, pool->plan.n_stages * sizeof(*stages));
-    for (uint32_t s = 0; s < pool->plan.n_stages; s++)
-        assign(pool, s);
+    begin_epoch(pool, now_us);
 }
 
 static bool all_in(const struct worker_pool *pool, enum member_state state)
@@ -284,6 +309,23 @@ static bool all_in(const struct worker_pool *pool, enum member_state state)
         if (!pool->stages[s] || pool->stages[s]->state != state)
             return false;
     }
+    return true;
+}
+
+// Everybody has loaded and measured: perhaps the same workers are better dealt otherwise. At most once before
+// the pool is ready; they keep what they have already and load only the layers that move.
+static bool deal_again(struct worker_pool *pool, int64_t now_us)
+{
+    struct better_deal better;
+    struct error ignored;
+    pool->on_trial = false; // it has stood it
+    pool_note_speeds(pool);
+    if (!pool_find_better(pool, pool->stages, &better))
+        return false;
+    pool_begin_trial(pool, &better);
+    pool->redealt = true;
+    count_pages(pool, pool->stages, &ignored); // which the better deal has room for
+    begin_epoch(pool, now_us);
     return true;
 }
 
@@ -313,6 +355,7 @@ static void become_ready(struct worker_pool *pool, int64_t now_us)
     pool->ready_us = now_us;
     pool->problem[0] = '\0';
     pool->fitting_pages = 0; // another assembly, another question
+    pool->redealt = false;
     pool->announce_ready = true;
     log_info("epoch %" PRIu64
              " is ready: %u stages, %.1f MB of weights, %u KV pages of %d positions (%.1f MB)",
@@ -332,72 +375,11 @@ static struct member *find_named(const struct worker_pool *pool, const char *nam
     return NULL;
 }
 
-// Empty when the worker may join; otherwise the sentence to refuse it with.
-static void judge_hello(const struct worker_pool *pool, const struct wire_worker_message *hello, char *text,
-                        size_t capacity)
-{
-    text[0] = '\0';
-    size_t length = strlen(hello->worker);
-    if (hello->protocol != WIRE_POOL_PROTOCOL)
-        snprintf(text, capacity,
-                 "the worker speaks version %u of the pool protocol, the coordinator version %d: install the "
-                 "same release of Strata on both",
-                 hello->protocol, WIRE_POOL_PROTOCOL);
-    else if (hello->fingerprint != pool->fingerprint)
-        snprintf(text, capacity,
-                 "the worker has another model file: its fingerprint is %016" PRIx64
-                 ", that of the coordinator's %s %016" PRIx64,
-                 hello->fingerprint, gguf_path(pool->options.gguf), pool->fingerprint);
-    else if (strcmp(hello->backend, "cpu") != 0 && strcmp(hello->backend, "cuda") != 0)
-        snprintf(text, capacity, "the backend \"%s\" is unknown; it must be cpu or cuda", hello->backend);
-    else if (pool->backend && strcmp(hello->backend, pool->backend) != 0)
-        snprintf(text, capacity, "the worker's backend is %s; this pool is for %s", hello->backend,
-                 pool->backend);
-    else if (length == 0 || length > MAX_WORKER_NAME)
-        snprintf(text, capacity, "the worker's name has %zu bytes; it must have 1 to %d", length,
-                 MAX_WORKER_NAME);
-    else if (hello->level == 0)
-        snprintf(text, capacity, "the worker did not say its instruction-set level");
-    else if (pool->plan.n_stages > 1 && hello->link_address[0] == '\0')
-        snprintf(text, capacity, "the worker did not say where the previous stage can connect");
-}
-
-static bool copy_hello(struct member *member, const struct wire_worker_message *hello)
-{
-    member->name = strdup(hello->worker);
-    member->backend = strdup(hello->backend);
-    member->device = strdup(hello->device);
-    member->link_address = strdup(hello->link_address);
-    member->host = strdup(hello->host);
-    member->device_id = strdup(hello->device_id);
-    member->level = hello->level;
-    member->nccl = hello->nccl;
-    member->oversubscribe = hello->oversubscribe;
-    member->pid = hello->pid;
-    return member->name && member->backend && member->device && member->link_address && member->host &&
-           member->device_id;
-}
-
-// What the worker's device would have free if Strata's workers held nothing on it: on a CPU host the others'
-// weights and pages are missing from what it reports.
-static uint64_t free_without_us(const struct worker_pool *pool, const struct member *member,
-                                uint64_t free_now)
-{
-    if (strcmp(member->backend, "cpu") != 0 || member->host[0] == '\0')
-        return free_now;
-    for (const struct member *other = pool->members; other; other = other->next) {
-        if (other != member && other->host && strcmp(other->backend, "cpu") == 0 &&
-            strcmp(other->host, member->host) == 0 && !other->leaving)
-            free_now += other->weight_bytes + other->kv_bytes;
-    }
-    return free_now;
-}
-
 static void take_hello(struct worker_pool *pool, struct member *member,
                        const struct wire_worker_message *hello, int64_t now_us)
 {
     char refusal[512];
-    judge_hello(pool, hello, refusal, sizeof(refusal));
+    pool_judge_hello(pool, hello, refusal, sizeof(refusal));
     if (refusal[0] != '\0') {
         log_warn("a worker at %s is refused: %s", rpc_call_peer(member->call), refusal);
         pool_send_goodbye(pool, member, STATUS_INVALID, refusal, false);
@@ -414,11 +396,11 @@ static void take_hello(struct worker_pool *pool, struct member *member,
         lose_member(pool, namesake, "was replaced by a new worker of its name");
         pool_cut(namesake, "a new worker took its name");
     }
-    if (!copy_hello(member, hello)) {
+    if (!pool_copy_hello(member, hello)) {
         pool_cut(member, "the coordinator is out of memory");
         return;
     }
-    member->memory = free_without_us(pool, member, hello->memory_free);
+    member->memory = pool_free_without_us(pool, member, hello->memory_free);
     member->state = MEMBER_JOINED;
     member->beat_us = now_us;
     pool_recall(pool, member);
@@ -448,6 +430,7 @@ static void take_loaded(struct worker_pool *pool, struct member *member,
     member->kv_bytes = said->kv_bytes;
     member->total_bytes = said->source_bytes ? said->source_bytes : member->total_bytes;
     member->done_bytes = member->total_bytes;
+    pool_take_speed(member, said);
     log_info("worker %s loaded %u weights: %.1f MB of the file became %.1f MB in %.2f s", member->name,
              said->n_weights, (double)said->source_bytes / 1e6, (double)said->weight_bytes / 1e6,
              (double)said->load_us / 1e6);
@@ -458,12 +441,17 @@ static void take_loaded(struct worker_pool *pool, struct member *member,
 static bool accept_fewer_pages(struct worker_pool *pool, const struct member *member,
                                const struct wire_worker_message *said)
 {
-    uint32_t one_sequence = (pool->options.context + KV_PAGE_POSITIONS - 1) / KV_PAGE_POSITIONS;
-    if (pool->options.n_pages || said->fits_pages < one_sequence || said->fits_pages >= pool->n_pages)
+    uint32_t least = (pool->options.context + KV_PAGE_POSITIONS - 1) / KV_PAGE_POSITIONS; // one sequence
+    bool on_trial = pool->on_trial;
+    if (on_trial && pool->trial_pages > least)
+        least = pool->trial_pages;
+    if (pool->options.n_pages || said->fits_pages < least || said->fits_pages >= pool->n_pages)
         return false;
     pool->fitting_pages = said->fits_pages;
+    pool->on_trial = false;
     end_epoch(pool, WIRE_POOL_WAITING, "worker %s has room for %u of %u KV pages", member->name,
               said->fits_pages, pool->n_pages);
+    pool->on_trial = on_trial; // which it stays
     return true;
 }
 
@@ -472,7 +460,10 @@ static void take_failed(struct worker_pool *pool, struct member *member,
 {
     if (pool->state == WIRE_POOL_LOADING && accept_fewer_pages(pool, member, said))
         return;
-    if (pool->state == WIRE_POOL_LOADING) {
+    if (pool->state == WIRE_POOL_LOADING && pool->on_trial) {
+        end_epoch(pool, WIRE_POOL_WAITING, "worker %s could not load the layers it was dealt by time: %s",
+                  member->name, said->text);
+    } else if (pool->state == WIRE_POOL_LOADING) {
         fail_epoch(pool, member, now_us, "could not load its layers", said->text);
     } else if (said->peer_lost) {
         // The stream of the neighbour that died breaks about now, and says more than its neighbour can.
@@ -491,14 +482,22 @@ static void take_failed(struct worker_pool *pool, struct member *member,
     }
 }
 
+// The newer half of a share that forgets: so much of `span` went by since the counter was at `before`.
+static void update_share(double *share, uint64_t before, uint64_t now, int64_t span)
+{
+    if (now < before || span <= 0)
+        return; // of another epoch
+    double part = (double)(now - before) / (double)span;
+    *share = 0.5 * *share + 0.5 * (part < 1 ? part : 1);
+}
+
 static void take_heartbeat(struct member *member, const struct wire_worker_message *said, int64_t now_us)
 {
     int64_t span = now_us - member->beat_us;
-    if (said->compute_us >= member->compute_us && span > 0) {
-        double share = (double)(said->compute_us - member->compute_us) / (double)span;
-        member->busy = 0.5 * member->busy + 0.5 * (share < 1 ? share : 1);
-    }
+    update_share(&member->busy, member->compute_us, said->compute_us, span);
+    update_share(&member->wait_share, member->wait_us, said->wait_us, span);
     member->compute_us = said->compute_us;
+    member->wait_us = said->wait_us;
     member->steps_done = said->steps_done;
     member->beat_us = now_us;
 }
@@ -680,7 +679,7 @@ static void advance(struct worker_pool *pool, int64_t now_us)
 {
     if (!pool_is_assembled(pool) && !pool->closed)
         assemble(pool, now_us);
-    if (pool->state == WIRE_POOL_LOADING && all_in(pool, MEMBER_LOADED))
+    if (pool->state == WIRE_POOL_LOADING && all_in(pool, MEMBER_LOADED) && !deal_again(pool, now_us))
         start_linking(pool);
     if (pool->state == WIRE_POOL_LINKING && all_in(pool, MEMBER_READY))
         become_ready(pool, now_us);

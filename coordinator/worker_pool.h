@@ -3,7 +3,9 @@
 // inbox and ring the bell, everything else happens on the one thread that calls worker_pool_next_event (the
 // coordinator's).
 //
-//              N have joined        all loaded           all linked
+//                               better dealt otherwise: once
+//                                +--+
+//              N have joined     v  | all loaded           all linked
 //   WAITING ----------------> LOADING --------> LINKING ----------> READY
 //      ^   ^                     |  a worker fails  |                 |
 //      |   |     FAILED <--------+------------------+                 | a worker is lost, a step overruns
@@ -12,7 +14,7 @@
 //
 // Every assembly has a new epoch. Workers beyond the wanted number stay joined and idle: spares that take
 // over at a loss. A worker keeps its weights over epochs, so a stage is given to the worker that held most of
-// it.
+// it. Layers are dealt by their bytes until the workers have measured what a layer takes them, then by time.
 #ifndef STRATA_WORKER_POOL_H
 #define STRATA_WORKER_POOL_H
 
@@ -39,6 +41,7 @@ struct worker_pool_options {
     uint32_t max_positions; // of one step
     uint32_t n_pages;       // KV pages; 0 = what the workers' memory allows
     double memory_fraction; // of a worker's free memory that weights and KV may take; 0 = 0.9
+    bool by_bytes;          // the layers are dealt by bytes alone
     int64_t heartbeat_us;   // between two heartbeats to a worker; 0 = 1 s
     int64_t silence_us;     // a worker silent for so long is lost; 0 = 10 s
     int64_t retry_us;       // before the second attempt after a failure, doubling up to 60 s; 0 = 2 s

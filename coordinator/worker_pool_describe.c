@@ -49,6 +49,9 @@ static void describe_stage(struct worker_pool *pool, uint32_t s, const struct me
     stage->loaded_bytes = member->done_bytes;
     stage->load_bytes = member->total_bytes;
     stage->busy = member->busy;
+    stage->waiting = member->wait_share;
+    stage->layer_ns = pool_layer_ns(pool, s);
+    stage->head_ns = s + 1 == pool->plan.n_stages ? pool_head_ns(pool) : 0;
 }
 
 static const char *describe_problem(struct worker_pool *pool)

@@ -1,5 +1,6 @@
 // Shared by the files of the worker pool: worker_pool.c (the state machine), worker_pool_join.c (the
-// streams), worker_pool_plan.c (who gets which layers, how many pages fit).
+// streams), worker_pool_hello.c (who may join), worker_pool_plan.c (who gets which stage, how many pages
+// fit), worker_pool_balance.c (deals by measured time).
 #ifndef STRATA_WORKER_POOL_INTERNAL_H
 #define STRATA_WORKER_POOL_INTERNAL_H
 
@@ -13,6 +14,8 @@ enum {
     MAX_INBOX = 1024,      // messages of one worker that nobody has read yet
     MAX_WORKER_NAME = 128, // bytes
     MAX_LINK_ID = 256,     // bytes
+    MAX_DEVICE_KIND = 192, // bytes
+    MAX_DEVICE_KINDS = 16, // remembered
 };
 
 // One message as it came in.
@@ -58,10 +61,13 @@ struct member {
     uint32_t failures;
     int32_t stage; // in this epoch; -1: a spare
     uint32_t held_first, held_layers;
+    uint32_t run_level;         // of the last assignment
+    uint64_t layer_ns, head_ns; // what it measured, 0: nothing; at
+    uint32_t measured_level;
     uint64_t weight_bytes, kv_bytes, done_bytes, total_bytes;
-    uint64_t steps_done, compute_us;
+    uint64_t steps_done, compute_us, wait_us;
     int64_t heard_us, beat_us; // last message; last heartbeat
-    double busy;
+    double busy, wait_share;   // shares of the last seconds
 };
 
 // What a worker held when its stream broke: the process may still live and come back.
@@ -71,10 +77,23 @@ struct memory_of_member {
     uint32_t held_first, held_layers;
 };
 
+// What a kind of device takes.
+struct device_speed {
+    char kind[MAX_DEVICE_KIND];
+    uint64_t layer_ns; // 0: the place is free
+    uint64_t head_ns;  // 0: it was never the last stage
+};
+
+struct better_deal {
+    struct shard_plan plan;
+    uint32_t least_pages; // that it must leave room for
+};
+
 struct worker_pool {
     struct worker_pool_options options;
     char *backend;
     struct shard_plan plan;
+    struct shard_plan bytes_plan; // before anything is measured, and where it does not help
     uint64_t fingerprint;
     struct queue *news;   // of struct member *: those with something in the inbox, each at most once
     pthread_mutex_t door; // over `streams` and `closed`
@@ -89,6 +108,13 @@ struct worker_pool {
     uint32_t n_pages;
     uint32_t fitting_pages; // what a worker said would fit, until the pool is ready; 0: none did
     char problem[512];      // why the last assembly ended, "" = nothing went wrong
+    struct device_speed speeds[MAX_DEVICE_KINDS];
+    uint32_t next_speed;
+    bool on_trial;            // `plan` is by time, and has not been loaded yet;
+    struct shard_plan proven; // this is what it took the place of,
+    uint32_t trial_pages;     // with room for so many pages
+    bool redealt;             // these workers were dealt the layers again already, since the pool was ready
+    uint32_t failed_trials;
     bool announce_ready, announce_lost;
     int64_t retry_at_us; // no assembly before; 0 = at once
     int64_t retry_us;    // the next back-off
@@ -129,12 +155,39 @@ void pool_send_goodbye(struct worker_pool *pool, struct member *member, int stat
                        bool retry);
 void pool_cut(struct member *member, const char *text);
 
+// --- worker_pool_hello.c ---
+// Empty when the worker may join; otherwise the sentence to refuse it with.
+void pool_judge_hello(const struct worker_pool *pool, const struct wire_worker_message *hello, char *text,
+                      size_t capacity);
+bool pool_copy_hello(struct member *member, const struct wire_worker_message *hello); // false: no memory
+// What the worker's device would have free if Strata's workers held nothing on it: on a CPU host the others'
+// weights and pages are missing from what it reports.
+uint64_t pool_free_without_us(const struct worker_pool *pool, const struct member *member, uint64_t free_now);
+
+// --- worker_pool_balance.c ---
+void pool_take_speed(struct member *member, const struct wire_worker_message *loaded);
+void pool_note_speeds(struct worker_pool *pool); // when all have loaded
+// Whether the times of all these are known, and the layers are to be dealt by them.
+bool pool_knows_costs(const struct worker_pool *pool, struct member *const stages[]);
+// Whether the present deal fits these workers, with as many pages as the one by bytes.
+bool pool_has_room(const struct worker_pool *pool, struct member *const stages[]);
+// Whether a deal by time is so much better for these than the present one that it is worth a load.
+bool pool_find_better(const struct worker_pool *pool, struct member *const stages[], struct better_deal *out);
+void pool_begin_trial(struct worker_pool *pool, const struct better_deal *better);
+void pool_give_up_trial(struct worker_pool *pool); // back to the deal before, if there is a trial
+// Of an assembled pool's stage, and of its head; 0: not known.
+uint64_t pool_layer_ns(const struct worker_pool *pool, uint32_t stage);
+uint64_t pool_head_ns(const struct worker_pool *pool);
+
 // --- worker_pool_plan.c ---
 // Picks n_stages members and deals them the stages: those that failed least first, then in order of joining;
 // among the picked, a stage goes to the one that holds most of its layers. False: too few are there.
 bool pool_deal(const struct worker_pool *pool, struct member *stages[]);
 void pool_remember(struct worker_pool *pool, const struct member *member);
 void pool_recall(const struct worker_pool *pool, struct member *member);
+// One instruction-set level for all the workers of a backend: the least.
+uint32_t pool_common_level(struct member *const stages[], uint32_t n_stages, const struct member *member);
+bool pool_shares_memory(const struct member *a, const struct member *b); // and processors
 // How the edge from one worker to the next is linked.
 enum wire_link pool_choose_link(const struct member *from, const struct member *to);
 // Pages that fit beside the weights on every device; on a CPU host the workers share one memory.

@@ -99,6 +99,16 @@ void pool_recall(const struct worker_pool *pool, struct member *member)
     }
 }
 
+uint32_t pool_common_level(struct member *const stages[], uint32_t n_stages, const struct member *member)
+{
+    uint32_t level = member->level;
+    for (uint32_t s = 0; s < n_stages; s++) {
+        if (strcmp(stages[s]->backend, member->backend) == 0 && stages[s]->level < level)
+            level = stages[s]->level;
+    }
+    return level;
+}
+
 // One GPU has no edge with itself, unless two test workers share it and said so. A GPU without a name could
 // be any.
 enum wire_link pool_choose_link(const struct member *from, const struct member *to)
@@ -108,7 +118,7 @@ enum wire_link pool_choose_link(const struct member *from, const struct member *
     return able && (apart || (from->oversubscribe && to->oversubscribe)) ? WIRE_LINK_NCCL : WIRE_LINK_SOCKET;
 }
 
-static bool shares_memory(const struct member *a, const struct member *b)
+bool pool_shares_memory(const struct member *a, const struct member *b)
 {
     return a == b || (strcmp(a->backend, "cpu") == 0 && strcmp(b->backend, "cpu") == 0 &&
                       a->host[0] != '\0' && strcmp(a->host, b->host) == 0);
@@ -131,7 +141,7 @@ int pool_count_pages(const struct worker_pool_options *options, const struct sha
     for (uint32_t s = 0; s < plan->n_stages; s++) {
         uint64_t weights = 0, page = 0, memory = UINT64_MAX;
         for (uint32_t other = 0; other < plan->n_stages; other++) {
-            if (!shares_memory(stages[s], stages[other]))
+            if (!pool_shares_memory(stages[s], stages[other]))
                 continue;
             weights += plan->stages[other].weight_bytes;
             page += plan->stages[other].kv_bytes_per_position * KV_PAGE_POSITIONS;

@@ -141,7 +141,8 @@ struct wire_stage {
     uint32_t index, first_layer, layers;
     const char *worker, *device, *state;
     uint64_t weight_bytes, kv_bytes, loaded_bytes, load_bytes;
-    double busy;
+    double busy, waiting;       // shares of the last seconds
+    uint64_t layer_ns, head_ns; // 0: not measured
 };
 enum wire_pool_state { // as in the proto
     WIRE_POOL_UNSPECIFIED,
@@ -207,7 +208,8 @@ struct wire_worker_message {
     uint64_t done_bytes, total_bytes, weight_bytes, kv_bytes, source_bytes, load_us;
     uint32_t n_weights;
     // LOADED
-    struct wire_text link_id; // bytes
+    struct wire_text link_id;   // bytes
+    uint64_t layer_ns, head_ns; // 0: not measured
     // RESULT: decoded into the caller's step_result when one is given, else memory of the arena
     struct step_result *result;
     // FAILED
@@ -234,6 +236,7 @@ struct wire_coordinator_message {
     // ASSIGN
     uint32_t stage, n_stages, first_layer, n_layers, n_slots, n_pages, context, max_positions, level;
     enum wire_link next_link, previous_link;
+    bool measure;
     // CONNECT
     const char *next_address;
     struct wire_text previous_id; // bytes

@@ -189,6 +189,9 @@ static void put_stages(struct wire_encoder *e, Strata__V1__GetPoolResponse *m, c
         stages[i].load_bytes = stage->load_bytes;
         stages[i].state = wire_put_cstr(e, stage->state);
         stages[i].busy = stage->busy;
+        stages[i].waiting = stage->waiting;
+        stages[i].layer_ns = stage->layer_ns;
+        stages[i].head_ns = stage->head_ns;
         m->stages[i] = &stages[i];
     }
     m->n_stages = from->n_stages;
@@ -226,6 +229,9 @@ static void take_stage(struct wire_decoder *d, struct wire_stage *out, const Str
     out->load_bytes = from->load_bytes;
     out->state = wire_take_cstr(d, from->state, "state");
     out->busy = from->busy;
+    out->waiting = from->waiting;
+    out->layer_ns = from->layer_ns;
+    out->head_ns = from->head_ns;
 }
 
 int wire_decode_pool(struct wire_pool *out, const uint8_t *bytes, size_t length, struct arena *arena,

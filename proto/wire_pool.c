@@ -84,6 +84,8 @@ static void put_loaded(Strata__V1__Loaded *to, const struct wire_worker_message 
     to->load_us = from->load_us;
     to->n_weights = from->n_weights;
     to->link_id = put_bytes(from->link_id);
+    to->layer_ns = from->layer_ns;
+    to->head_ns = from->head_ns;
 }
 
 static void put_failed(struct wire_encoder *e, Strata__V1__Failed *to, const struct wire_worker_message *from)
@@ -188,6 +190,8 @@ static void take_loaded(struct wire_worker_message *out, const Strata__V1__Loade
     out->load_us = from->load_us;
     out->n_weights = from->n_weights;
     out->link_id = take_bytes(from->link_id);
+    out->layer_ns = from->layer_ns;
+    out->head_ns = from->head_ns;
 }
 
 static void take_failed(struct wire_decoder *d, struct wire_worker_message *out,
@@ -296,6 +300,7 @@ static void put_assign(Strata__V1__Assign *to, const struct wire_coordinator_mes
     to->level = from->level;
     to->next_link = (Strata__V1__LinkKind)from->next_link;
     to->previous_link = (Strata__V1__LinkKind)from->previous_link;
+    to->measure = from->measure;
 }
 
 static int encode_plan(struct wire_bytes *to, const struct step_plan *plan)
@@ -366,6 +371,7 @@ static void take_assign(struct wire_coordinator_message *out, const Strata__V1__
     out->level = from->level;
     out->next_link = (enum wire_link)from->next_link;
     out->previous_link = (enum wire_link)from->previous_link;
+    out->measure = from->measure;
 }
 
 static void take_coordinator_body(struct wire_decoder *d, struct wire_coordinator_message *out,

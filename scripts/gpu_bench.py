@@ -9,7 +9,8 @@ when they are not there, and removed again when they were made here (unless --ke
 
 The case "online" serves the model with `strata serve` and loads it with `strata bench` over gRPC: all tokens a second,
 prompts and answers, and which part that is of what the engine alone does with as many (its prefill, then its decoding,
-of as many sequences at once). It needs --vocab, and takes the first of --mixes.
+of as many sequences at once). It also says, from the worker's trace, which share of the middle half of that time the
+GPU computed. It needs --vocab, and takes the first of --mixes.
 """
 import argparse
 import json
@@ -24,6 +25,7 @@ import time
 SOURCE = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(SOURCE / "tests" / "tools"))
 import make_gguf  # noqa: E402
+import pipeline_timeline  # noqa: E402
 
 CARDS = {"H200": (4.65e12, 780e12), "H100 80GB HBM3": (3.0e12, 780e12)}  # bytes, operations a second: measured
 CASES = [  # name, prompt, new tokens, batch, what is measured
@@ -77,6 +79,9 @@ def make_model(a, shape, mix):
     saved, sys.stdout = sys.stdout, open(os.devnull, "w")
     try:
         make_gguf.generate(arguments)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
     finally:
         sys.stdout = saved
     scratch.rename(path)
@@ -122,24 +127,40 @@ def run_case(a, model, prompt, new, batch):
     return json.loads(done.stdout) if done.returncode == 0 else None
 
 
+def computing_share(folder, began, ended):
+    """The share of the middle half of a time (microseconds) in which the one stage computed; None without a trace."""
+    quarter = (ended - began) // 4
+    try:
+        traces = [pipeline_timeline.Trace(path).within(began + quarter, ended - quarter)
+                  for path in pathlib.Path(folder).glob("*.json")]
+    except pipeline_timeline.BadTrace:
+        return None
+    computed = sum(s.end - s.begin for trace in traces for s in trace.spans if s.kind == "compute")
+    return computed / (ended - began - 2 * quarter) if computed else None
+
+
 def serve_and_load(a, model, case):
-    """What `strata bench` measured of the one sweep; None where that failed."""
+    """What `strata bench` measured of the one sweep, and the share of computing; None where that failed."""
     with tempfile.TemporaryDirectory() as home:
         address = f"unix:{home}/strata"
         serve = [a.build / "strata", "serve", model, "--listen", address, "--backend", a.backend, "--workers", 1,
                  "--max-sequences", case["clients"], "--context", 2048, "--step-budget", 2048, "--chunk", 1024,
-                 "--log-level", "warn"]
+                 "--log-level", "warn", "--trace", home]
         bench = [a.build / "strata", "bench", "--connect", address, "--json", "--prompt", case["prompt"], "--new",
                  case["new"], "--concurrency", case["clients"], "--requests", case["requests"]]
         server = subprocess.Popen([str(c) for c in serve], stdout=subprocess.PIPE, text=True)
         try:
             if not any(line.startswith("ready on") for line in server.stdout):
                 return None
+            began = time.monotonic_ns() // 1000
             done = subprocess.run([str(c) for c in bench], stdout=subprocess.PIPE, text=True)
-            return json.loads(done.stdout)["sweeps"][0] if done.returncode == 0 else None
+            ended = time.monotonic_ns() // 1000
         finally:
             server.terminate()
             server.wait()
+        if done.returncode:
+            return None
+        return json.loads(done.stdout)["sweeps"][0] | {"computing": computing_share(home, began, ended)}
 
 
 def bench_online(a, shape, mix, model, rows, case):
@@ -157,7 +178,8 @@ def bench_online(a, shape, mix, model, rows, case):
             "tokens_per_second": sweep["prompt_tokens_per_second"] + sweep["new_tokens_per_second"]}
     print(f"{shape + ' ' + mix:<12} {row['case']:<22} {row['tokens_per_second']:>10.1f} "
           f"{row['of_engine']:>9.0%} of the engine alone; first token {sweep['ttft_ms']['p50']:.0f} ms, then "
-          f"{sweep['gap_ms']['p50']:.1f} ms (medians)", flush=True)
+          f"{sweep['gap_ms']['p50']:.1f} ms (medians)"
+          + (f"; computes {sweep['computing']:.1%} of the time" if sweep["computing"] else ""), flush=True)
 
 
 def bench_model(a, shape, mix, rows):

@@ -4,15 +4,6 @@
 # GGUF file in place of nameless ones.
 set -eu
 
-case ${1:-} in
--* | "")
-    [ -d "$(dirname "$0")/../build-gpu" ] && build=$(dirname "$0")/../build-gpu || build=$(dirname "$0")/../build
-    ;;
-*)
-    build=$1
-    shift
-    ;;
-esac
 # shellcheck disable=SC1091
 . "$(dirname "$0")/gpu_machine.sh"
 # shellcheck disable=SC2154

@@ -10,19 +10,11 @@
 # Tests whose name contains $ONLY, when it is set. Ends with 0 when nothing failed and something was tested.
 set -u
 
-case ${1:-} in
-ops | engine | e2e | sanitizer | "")
-    [ -d "$(dirname "$0")/../build-gpu" ] && build=$(dirname "$0")/../build-gpu || build=$(dirname "$0")/../build
-    ;;
-*)
-    build=$1
-    shift
-    ;;
-esac
 # shellcheck disable=SC1091
 . "$(dirname "$0")/gpu_machine.sh"
 parts=${*:-ops engine e2e sanitizer}
 
+# shellcheck disable=SC2154
 logs=$build/gpu-check
 mkdir -p "$logs"
 # shellcheck disable=SC2154
@@ -78,20 +70,21 @@ run() {
 }
 
 op_tests() {
-    for test in matmul_test matmul_classes_test rows_test embed_test; do
+    for test in matmul_test matmul_classes_test project_test rows_test embed_test; do
         echo "$build/tests/$test"
     done
     ls "$build"/tests/cuda_*_test 2> /dev/null
 }
 
 check_ops() {
-    for test in $(op_tests); do
+    for test in $(op_tests) "$build/tests/stamp_test"; do # which no sanitizer slows down: it looks at clocks
         run "ops/$(basename "$test")" 300 "$test"
     done
 }
 
 check_engine() {
-    for test in engine_test executor_test weight_cache_test memory_plan_test; do
+    executor="executor_test executor_ahead_test executor_stages_test"
+    for test in engine_test $executor weight_cache_test memory_plan_test; do
         run "engine/$test" 400 "$build/tests/$test"
     done
 }

@@ -1,8 +1,18 @@
-# Read by gpu_check.sh and gpu_bench.sh: where the build, Python and CUDA's libraries are on this machine.
-# Needs $build (a build folder, or one with strata-gpu.tar.xz in it); sets $build (absolute), $source, $python.
-# shellcheck shell=sh disable=SC2154,SC2034
+# Read by gpu_check.sh, gpu_bench.sh and gpu_pair.sh: where the build, Python and CUDA's libraries are on this machine.
+# Takes BUILD, a build folder or one with strata-gpu.tar.xz in it, from the front of the arguments, unless an option or
+# a part of gpu_check.sh stands there. Sets $build (absolute), $source, $python.
+# shellcheck shell=sh disable=SC2034
 
 source=$(cd "$(dirname "$0")/.." && pwd)
+case ${1:-} in
+-* | "" | ops | engine | e2e | sanitizer)
+    [ -d "$source/build-gpu" ] && build=$source/build-gpu || build=$source/build
+    ;;
+*)
+    build=$1
+    shift
+    ;;
+esac
 [ -d "$build" ] || { echo "$0: there is no build in $build" >&2; exit 2; }
 build=$(cd "$build" && pwd)
 if [ -f "$build/strata-gpu.tar.xz" ]; then

@@ -202,11 +202,17 @@ void pump_for(int64_t us)
 
 void open_pool(struct worker_pool_options options)
 {
+    open_pool_of(model_shape_small("llama").layers, options);
+}
+
+void open_pool_of(uint32_t layers, struct worker_pool_options options)
+{
     struct gguf_writer writer = {0};
     struct model_shape shape = model_shape_small("llama");
     struct error error = {0};
     size_t length;
     int port;
+    shape.layers = layers;
     model_writer_add(&writer, &shape);
     file = gguf_writer_finish(&writer, &length);
     ck_assert_int_eq(gguf_open_memory(&gguf, file, length, &error), 0);

@@ -53,6 +53,7 @@ struct wire_pool expect_state(enum wire_pool_state state);
 
 // Opens a pool for a small model; the options that matter to the test are given, the rest is filled in.
 void open_pool(struct worker_pool_options options);
+void open_pool_of(uint32_t layers, struct worker_pool_options options); // of a model of so many
 void close_pool(void);
 // Brings fakes[s] through stage s. Returns the epoch.
 uint64_t serve(struct fake *const fakes[], uint32_t n);

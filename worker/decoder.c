@@ -227,12 +227,15 @@ static struct row_norm norm_of(const struct decoder *decoder, const float *x, co
     return (struct row_norm){x, decoder->spec.norm, norm->weight, norm->bias, decoder->spec.norm_epsilon};
 }
 
+// Queries, ready for attention, in ws->qkv; k and v of the batch join the pages.
 static void project_qkv(const struct decoder *decoder, struct workspace *ws,
-                        const struct layer_weights *layer, struct activation *x, uint32_t rows)
+                        const struct layer_weights *layer, const struct kv_layer *kv,
+                        const struct batch *batch)
 {
     uint32_t q_width = decoder->shape.n_heads * decoder->shape.head_size;
     uint32_t k_width = decoder->shape.n_kv_heads * decoder->shape.head_size;
     uint32_t stride = ws->qkv_stride;
+    struct activation x = in_forms(&ws->normed, layer->attn_forms, batch->n_generated);
     struct row_norm norm = norm_of(decoder, ws->residual, &layer->attn_norm);
     struct matmul_part fused = {layer->qkv.weight, layer->qkv.bias, ws->qkv, stride, false};
     struct matmul_part separate[] = {
@@ -240,31 +243,28 @@ static void project_qkv(const struct decoder *decoder, struct workspace *ws,
         {layer->k.weight, layer->k.bias, ws->qkv + q_width, stride, false},
         {layer->v.weight, layer->v.bias, ws->qkv + q_width + k_width, stride, false},
     };
-    bool one = layer->qkv.weight != NULL;
-    decoder->ops->project(decoder->device, x, rows, &norm, one ? &fused : separate, one ? 1 : 3, NULL);
-}
-
-// Attention's output for the whole batch, in `attended`; k and v of the batch join the pages.
-static void attend(const struct decoder *decoder, struct workspace *ws, const struct layer_weights *layer,
-                   const struct kv_layer *kv, const struct batch *batch, struct activation *attended)
-{
-    struct activation x = in_forms(&ws->normed, layer->attn_forms, batch->n_generated);
-    project_qkv(decoder, ws, layer, &x, batch->n_tokens);
-    uint32_t q_width = decoder->shape.n_heads * decoder->shape.head_size;
-    uint32_t k_width = decoder->shape.n_kv_heads * decoder->shape.head_size;
     struct qkv_args qkv = {.q = ws->qkv,
                            .k = ws->qkv + q_width,
                            .v = ws->qkv + q_width + k_width,
-                           .q_stride = ws->qkv_stride,
-                           .k_stride = ws->qkv_stride,
-                           .v_stride = ws->qkv_stride,
+                           .q_stride = stride,
+                           .k_stride = stride,
+                           .v_stride = stride,
                            .q_norm = layer->q_norm,
                            .k_norm = layer->k_norm,
                            .norm_epsilon = decoder->spec.norm_epsilon,
                            .position = decoder->spec.position,
                            .rope_dims = decoder->spec.rope_dims,
                            .rope_frequency = decoder->rope_frequency};
-    decoder->ops->attn_prepare(decoder->device, &qkv, &decoder->shape, kv, batch);
+    bool one = layer->qkv.weight != NULL;
+    decoder->ops->project_qkv(decoder->device, &x, &norm, one ? &fused : separate, one ? 1 : 3, &qkv,
+                              &decoder->shape, kv, batch);
+}
+
+// Attention's output for the whole batch, in `attended`.
+static void attend(const struct decoder *decoder, struct workspace *ws, const struct layer_weights *layer,
+                   const struct kv_layer *kv, const struct batch *batch, struct activation *attended)
+{
+    project_qkv(decoder, ws, layer, kv, batch);
     decoder->ops->attention(decoder->device, attended, ws->qkv, ws->qkv_stride, &decoder->shape, kv, batch);
 }
 
@@ -316,11 +316,17 @@ static void whole_layer(const struct decoder *decoder, struct workspace *ws, con
     feed_forward(decoder, ws, layer, batch->n_tokens, batch->n_generated);
 }
 
+void decoder_some_layers(const struct decoder *decoder, struct workspace *ws, const struct kv_cache *kv,
+                         const struct batch *batch, uint32_t first, uint32_t count)
+{
+    for (uint32_t i = first; i < first + count; i++)
+        whole_layer(decoder, ws, kv, batch, i);
+}
+
 void decoder_layers(const struct decoder *decoder, struct workspace *ws, const struct kv_cache *kv,
                     const struct batch *batch)
 {
-    for (uint32_t i = 0; i < decoder->n_layers; i++)
-        whole_layer(decoder, ws, kv, batch, i);
+    decoder_some_layers(decoder, ws, kv, batch, 0, decoder->n_layers);
 }
 
 // Moves the wanted rows of the residual to its front.

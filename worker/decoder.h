@@ -28,6 +28,9 @@ void decoder_embed(const struct decoder *decoder, struct workspace *ws, const st
 // The stage's layers, residual in place.
 void decoder_layers(const struct decoder *decoder, struct workspace *ws, const struct kv_cache *kv,
                     const struct batch *batch);
+// `count` of them, from the stage's `first` on.
+void decoder_some_layers(const struct decoder *decoder, struct workspace *ws, const struct kv_cache *kv,
+                         const struct batch *batch, uint32_t first, uint32_t count);
 // The rows of a step that somebody will look at: their tokens' indices in the batch, ascending.
 struct head_rows {
     const uint32_t *tokens; // host memory; NULL: the first `count` of the batch

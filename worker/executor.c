@@ -24,51 +24,14 @@
 #include <string.h>
 
 #include "common/clock.h"
-#include "worker/decoder.h"
-#include "worker/kv_cache.h"
-#include "worker/sample_ring.h"
-#include "worker/slot_table.h"
+#include "worker/executor_internal.h"
 #include "worker/stage_links.h"
-#include "worker/step_head.h"
-#include "worker/workspace.h"
 
 enum {
     SPIN_US = 50,              // how long a wait for the device is busy, before it sleeps for
     NAP_US = 20,               // so long at a time,
     CHECK_US = 1000,           // and looks at the links in between
     PROGRAM_BYTES = 128 << 20, // set aside for programs and code, where there are any
-    WARM_UP_US = 1500000,      // after so long the sizes that are left wait for their first use
-};
-
-struct unfinished { // a step that was submitted
-    uint64_t mark;  // reached when it is over
-    int64_t begin_us;
-    uint64_t wait_us; // for neighbours
-    bool reports;     // last stage: rows were computed
-};
-
-struct executor {
-    struct device *device;
-    const struct kernel_ops *ops;
-    uint64_t epoch;
-    uint32_t stage, n_stages, width;
-    bool first, last;
-    struct step_bounds bounds;
-    struct kv_cache *kv;
-    struct workspace *ws;
-    struct decoder *decoder;
-    struct sampler *sampler;  // last stage
-    struct step_head *head;   // last stage
-    struct sample_ring *ring; // first and last stage
-    struct slot_state *slots;
-    struct link *to_next, *from_previous;
-    uint64_t next_number;                    // to submit
-    uint64_t next_finished;                  // to finish
-    struct unfinished steps[EXECUTOR_DEPTH]; // by number
-    int64_t finished_us;                     // when the last one was
-    uint64_t next_feedback; // first step whose draws have not come back (first of several stages)
-    uint64_t wait_us;       // in the submit at hand, for neighbours
-    bool failed;
 };
 
 static struct workspace_shape shape_of(const struct executor_options *options)
@@ -91,7 +54,7 @@ static bool reads_prompts(const struct weight_source *source)
     return source->form == WEIGHT_MATRIX && strcmp(source->name, "output.weight") != 0;
 }
 
-static uint32_t most_generated(const struct step_bounds *bounds)
+uint32_t executor_most_generated(const struct step_bounds *bounds)
 {
     return bounds->n_slots < bounds->max_positions ? bounds->n_slots : bounds->max_positions;
 }
@@ -101,7 +64,7 @@ static uint64_t plan_scratch(const struct executor_options *options)
     const struct kernel_ops *ops = device_ops(options->device);
     struct scratch_shape shape = {.n_heads = options->spec->n_heads,
                                   .head_size = options->spec->head_size,
-                                  .generated = most_generated(&options->bounds),
+                                  .generated = executor_most_generated(&options->bounds),
                                   .pages =
                                       (options->bounds.context + KV_PAGE_POSITIONS - 1) / KV_PAGE_POSITIONS};
     uint64_t most = 0;
@@ -193,6 +156,7 @@ int executor_new(struct executor **out, const struct executor_options *options, 
     executor->n_stages = options->n_stages;
     executor->first = options->stage == 0;
     executor->last = options->stage + 1 == options->n_stages;
+    executor->n_layers = options->n_layers;
     executor->width = options->spec->width;
     executor->bounds = options->bounds;
     int status = build_parts(executor, options, error);
@@ -236,21 +200,26 @@ void executor_set_tap(struct executor *executor, executor_tap *tap, void *contex
 
 // --- links, with the time spent in them ---
 
+// Only what is queued before the step's mark can be stamped, and the last stage's draws are not.
 static int send_on(struct executor *executor, uint64_t number, const void *data, size_t bytes,
                    struct error *error)
 {
+    struct step_stamps *stamps = &executor->stamps;
     int64_t begin = clock_now_us();
     int status = executor->to_next->ops->send(executor->to_next, number, data, bytes, error);
-    executor->wait_us += (uint64_t)(clock_now_us() - begin);
+    if (!executor->to_next->on_device) {
+        stamps->send_us += clock_now_us() - begin;
+    } else if (!executor->last) {
+        stamps->sends = true;
+        stamps->sent = executor->ops->stamp(executor->device);
+    }
     return status;
 }
 
 static int receive(struct executor *executor, uint64_t number, void *data, size_t bytes, struct error *error)
 {
-    int64_t begin = clock_now_us();
-    int status = executor->from_previous->ops->receive(executor->from_previous, number, data, bytes, error);
-    executor->wait_us += (uint64_t)(clock_now_us() - begin);
-    return status;
+    step_stamps_ask(&executor->stamps, executor->ops, executor->device);
+    return executor->from_previous->ops->receive(executor->from_previous, number, data, bytes, error);
 }
 
 // --- commands ---
@@ -331,6 +300,7 @@ static int collect_feedback(struct executor *executor, uint64_t end, struct erro
         if (draws && draws->count > 0)
             status = receive_draws(executor, executor->next_feedback, draws, error);
     }
+    step_stamps_ready(&executor->stamps, executor->ops, executor->device);
     return status;
 }
 
@@ -352,19 +322,6 @@ static int collect_needed_feedback(struct executor *executor, const struct step_
     return collect_feedback(executor, end, error);
 }
 
-// The step at hand.
-struct work {
-    const struct step_plan *plan;
-    struct unfinished *step;
-    const struct step_draws *draws; // first and last stage
-    struct step_inputs inputs;      // [device]
-    struct batch batch;             // padded
-    uint32_t n_tokens;              // of the plan
-    bool program;                   // the batch is one that can be recorded
-    bool feeds;                     // some tokens come from the ring
-    struct head_rows head;          // last stage
-};
-
 // Whether the step is the same every time: generated rows alone, each drawing its next token.
 static bool is_program(const struct executor *executor, const struct step_plan *plan)
 {
@@ -377,10 +334,10 @@ static bool is_program(const struct executor *executor, const struct step_plan *
 }
 
 // Few sizes, and little padding: every one up to 8, then multiples of 8, then of 32.
-static uint32_t padded_size(const struct executor *executor, uint32_t n)
+uint32_t executor_padded_size(const struct executor *executor, uint32_t n)
 {
     uint32_t unit = n <= 8 ? 1 : n <= 64 ? 8 : 32;
-    uint32_t padded = (n + unit - 1) / unit * unit, most = most_generated(&executor->bounds);
+    uint32_t padded = (n + unit - 1) / unit * unit, most = executor_most_generated(&executor->bounds);
     return padded < most ? padded : most;
 }
 
@@ -402,8 +359,8 @@ static int spell_row(struct executor *executor, const struct step_plan *plan, co
 }
 
 // `count` positions of the padding's slot, from token `first` and position 0 on.
-static void spell_padding(const struct executor *executor, const struct step_inputs *inputs, uint32_t first,
-                          uint32_t count)
+void executor_spell_padding(const struct executor *executor, const struct step_inputs *inputs, uint32_t first,
+                            uint32_t count)
 {
     for (uint32_t t = 0; t < count; t++) {
         inputs->tokens[first + t] = 0;
@@ -414,8 +371,8 @@ static void spell_padding(const struct executor *executor, const struct step_inp
 }
 
 // Brings what was spelled out in the host's inputs to the device.
-static void upload_batch(struct executor *executor, struct work *work, uint32_t n_tokens, uint32_t n_spans,
-                         uint32_t n_generated)
+void executor_upload_batch(struct executor *executor, struct work *work, uint32_t n_tokens, uint32_t n_spans,
+                           uint32_t n_generated)
 {
     struct workspace *ws = executor->ws;
     work->inputs = step_inputs_at(ws->inputs, n_tokens, n_spans);
@@ -432,11 +389,11 @@ static void upload_batch(struct executor *executor, struct work *work, uint32_t 
 }
 
 // Spells the rows out position by position, and the padding.
-static int make_batch(struct executor *executor, struct work *work, struct error *error)
+int executor_make_batch(struct executor *executor, struct work *work, struct error *error)
 {
     const struct step_plan *plan = work->plan;
     struct workspace *ws = executor->ws;
-    uint32_t n_tokens = work->program ? padded_size(executor, work->n_tokens) : work->n_tokens;
+    uint32_t n_tokens = work->program ? executor_padded_size(executor, work->n_tokens) : work->n_tokens;
     uint32_t n_spans = work->program ? n_tokens : plan->n_rows, n_generated = 0, first = 0;
     struct step_inputs host = step_inputs_at(ws->host.inputs, n_tokens, n_spans);
     for (uint32_t i = 0; i < plan->n_rows; i++) {
@@ -451,9 +408,9 @@ static int make_batch(struct executor *executor, struct work *work, struct error
     }
     for (; first < n_tokens; first++) {
         host.spans[first] = (struct batch_span){first, 1, executor->bounds.n_slots, 0};
-        spell_padding(executor, &host, first, 1);
+        executor_spell_padding(executor, &host, first, 1);
     }
-    upload_batch(executor, work, n_tokens, n_spans, work->program ? n_tokens : n_generated);
+    executor_upload_batch(executor, work, n_tokens, n_spans, work->program ? n_tokens : n_generated);
     return STATUS_OK;
 }
 
@@ -469,10 +426,12 @@ static int wait_for(struct executor *executor, uint64_t mark, struct error *erro
         if (reached)
             return reached < 0 ? reached : STATUS_OK;
         int64_t now = clock_now_us();
-        int status = now - checked < CHECK_US ? STATUS_OK : stage_links_check(&links, error);
-        if (status)
-            return status;
-        checked = now - checked < CHECK_US ? checked : now;
+        if (now - checked >= CHECK_US) {
+            int status = stage_links_check(&links, error);
+            if (status)
+                return status;
+            checked = now;
+        }
         if (now - begin < SPIN_US)
             sched_yield();
         else
@@ -486,11 +445,12 @@ static int receive_residual(struct executor *executor, const struct work *work, 
 {
     struct workspace *ws = executor->ws;
     size_t bytes = (size_t)work->n_tokens * executor->width * sizeof(float);
-    if (executor->from_previous->on_device)
-        return receive(executor, work->plan->number, ws->residual, bytes, error);
-    int status = receive(executor, work->plan->number, ws->host.residual, bytes, error);
-    if (!status)
-        executor->ops->upload(executor->device, ws->residual, ws->host.residual, bytes);
+    bool on_device = executor->from_previous->on_device;
+    float *place = on_device ? ws->residual : ws->host.residual;
+    int status = receive(executor, work->plan->number, place, bytes, error);
+    if (!status && !on_device)
+        executor->ops->upload(executor->device, ws->residual, place, bytes);
+    step_stamps_ready(&executor->stamps, executor->ops, executor->device);
     return status;
 }
 
@@ -516,7 +476,7 @@ static bool includes_head(const struct executor *executor, const struct work *wo
     return executor->last && work->program && work->batch.n_tokens <= executor->ws->head_rows;
 }
 
-static void compute(struct executor *executor, const struct work *work)
+void executor_compute(struct executor *executor, const struct work *work)
 {
     struct workspace *ws = executor->ws;
     const struct batch *batch = &work->batch;
@@ -533,85 +493,16 @@ static void compute(struct executor *executor, const struct work *work)
         decoder_head(executor->decoder, ws, 0, batch->n_tokens);
 }
 
-static void compute_or_replay(struct executor *executor, const struct work *work)
+void executor_compute_or_replay(struct executor *executor, const struct work *work)
 {
     uint32_t key = work->batch.n_tokens;
     if (!work->program) {
-        compute(executor, work);
+        executor_compute(executor, work);
     } else if (!executor->ops->replay(executor->device, key)) {
         executor->ops->record(executor->device, key);
-        compute(executor, work);
+        executor_compute(executor, work);
         executor->ops->record_end(executor->device);
     }
-}
-
-// --- warming up ---
-
-// A prompt as long as a step can be, of sequences as long as they can be, all on the one page: what it
-// computes is nonsense.
-static void warm_prompt(struct executor *executor)
-{
-    struct workspace *ws = executor->ws;
-    uint32_t context = executor->bounds.context, n_tokens = ws->max_positions;
-    if ((uint64_t)context * ws->max_rows < n_tokens)
-        n_tokens = context * ws->max_rows;
-    uint32_t n_spans = (n_tokens + context - 1) / context;
-    struct step_inputs host = step_inputs_at(ws->host.inputs, n_tokens, n_spans);
-    for (uint32_t i = 0; i < n_spans; i++) {
-        uint32_t first = i * context, left = n_tokens - first, count = left < context ? left : context;
-        host.spans[i] = (struct batch_span){first, count, executor->bounds.n_slots, 0};
-        spell_padding(executor, &host, first, count);
-    }
-    struct work work = {.n_tokens = n_tokens, .head = {NULL, 1, 1}};
-    upload_batch(executor, &work, n_tokens, n_spans, 0);
-    compute(executor, &work);
-    if (executor->last)
-        decoder_head(executor->decoder, ws, 0, 1);
-}
-
-// A greedy draw and another, in a slot that is closed again.
-static int warm_sampler(struct executor *executor, struct error *error)
-{
-    struct workspace *ws = executor->ws;
-    struct sample_row row = {.draws = 1};
-    for (int greedy = 0; greedy < 2; greedy++) {
-        struct sampler_open open = {.params = SAMPLING_DEFAULTS};
-        open.params.temperature = greedy ? 0 : 1;
-        int status = executor->ops->sampler_open(executor->device, executor->sampler, 0, &open);
-        if (status)
-            return error_set(error, status, "the sampler cannot be warmed up: %s", status_name(status));
-        executor->ops->sample(executor->device, executor->sampler, ws->logits, &row, 1, ws->outputs,
-                              (float *)ws->outputs + 1, ws->outputs);
-        executor->ops->sampler_close(executor->device, executor->sampler, 0);
-    }
-    return STATUS_OK;
-}
-
-// A program of nothing but padding.
-static int warm_program(struct executor *executor, uint32_t n_tokens, struct error *error)
-{
-    struct step_plan nothing = {.n_rows = 0};
-    struct work work = {
-        .plan = &nothing, .n_tokens = n_tokens, .program = true, .head = {NULL, n_tokens, n_tokens}};
-    int status = make_batch(executor, &work, error);
-    if (!status)
-        compute_or_replay(executor, &work);
-    return status;
-}
-
-int executor_warm_up(struct executor *executor, struct error *error)
-{
-    if (!executor->ops->keeps_programs)
-        return STATUS_OK;
-    int64_t begin = clock_now_us();
-    warm_prompt(executor);
-    int status = executor->last ? warm_sampler(executor, error) : STATUS_OK;
-    uint32_t most = most_generated(&executor->bounds);
-    for (uint32_t n = 0; !status && n < most && clock_now_us() - begin < WARM_UP_US;) {
-        n = padded_size(executor, n + 1);
-        status = warm_program(executor, n, error);
-    }
-    return status ? status : executor->ops->sync(executor->device, error);
 }
 
 // --- submitting ---
@@ -632,6 +523,12 @@ static int check_plan(struct executor *executor, const struct step_plan *plan, s
     return step_plan_validate(plan, &executor->bounds, error);
 }
 
+static void mark_computed(struct executor *executor, struct work *work)
+{
+    executor->stamps.computed = executor->ops->stamp(executor->device);
+    work->step->mark = executor->ops->mark(executor->device);
+}
+
 // Draws, and what becomes of them. The mark comes before the feedback: the step is over for the coordinator
 // even while the first stage does not read it.
 static int queue_draws(struct executor *executor, struct work *work, struct error *error)
@@ -642,7 +539,7 @@ static int queue_draws(struct executor *executor, struct work *work, struct erro
     step_head_queue(executor->head, number, executor->decoder, executor->ws, executor->sampler, drawn,
                     includes_head(executor, work));
     work->step->reports = true;
-    work->step->mark = executor->ops->mark(executor->device);
+    mark_computed(executor, work);
     if (executor->first)
         return STATUS_OK;
     if (executor->to_next->on_device)
@@ -655,7 +552,7 @@ static int queue_draws(struct executor *executor, struct work *work, struct erro
 
 static int queue_rows(struct executor *executor, struct work *work, struct error *error)
 {
-    int status = make_batch(executor, work, error);
+    int status = executor_make_batch(executor, work, error);
     if (!status && !executor->first)
         status = receive_residual(executor, work, error);
     if (status)
@@ -664,9 +561,11 @@ static int queue_rows(struct executor *executor, struct work *work, struct error
         work->head = step_head_list(executor->head, work->plan, work->draws);
     if (work->program)
         work->head = (struct head_rows){NULL, work->batch.n_tokens, work->batch.n_tokens};
-    compute_or_replay(executor, work);
+    executor->stamps.starts = executor->ops->stamp(executor->device);
+    executor_compute_or_replay(executor, work);
     if (executor->last)
         return queue_draws(executor, work, error);
+    executor->stamps.computed = executor->ops->stamp(executor->device);
     status = send_residual(executor, work, error);
     work->step->mark = executor->ops->mark(executor->device);
     return status;
@@ -686,9 +585,11 @@ static int queue_step(struct executor *executor, struct work *work, struct error
         work->draws = sample_ring_begin(executor->ring, plan);
     work->n_tokens = step_plan_positions(plan);
     work->program = is_program(executor, plan);
+    executor->stamps.rows = plan->n_rows;
+    executor->stamps.positions = work->n_tokens;
     if (work->n_tokens > 0)
         return queue_rows(executor, work, error);
-    work->step->mark = executor->ops->mark(executor->device); // it only opens, closes and copies
+    mark_computed(executor, work); // it only opens, closes and copies
     return STATUS_OK;
 }
 
@@ -696,9 +597,9 @@ int executor_submit(struct executor *executor, const struct step_plan *plan, str
 {
     if (plan->epoch != executor->epoch)
         return EXECUTOR_DROPPED;
-    struct unfinished step = {.begin_us = clock_now_us()};
+    struct unfinished step = {0};
     struct work work = {.plan = plan, .step = &step};
-    executor->wait_us = 0;
+    executor->stamps = (struct step_stamps){.number = plan->number, .submit_us = clock_now_us()};
     int status = check_plan(executor, plan, error);
     if (!status)
         status = queue_step(executor, &work, error);
@@ -706,7 +607,7 @@ int executor_submit(struct executor *executor, const struct step_plan *plan, str
         executor->failed = true;
         return status;
     }
-    step.wait_us = executor->wait_us;
+    step.stamps = executor->stamps;
     executor->steps[executor->next_number++ % EXECUTOR_DEPTH] = step;
     return STATUS_OK;
 }
@@ -718,15 +619,9 @@ uint32_t executor_unfinished(const struct executor *executor)
     return (uint32_t)(executor->next_number - executor->next_finished);
 }
 
-// From when the device could begin with the step to its end, without waits for neighbours.
-static void take_times(struct executor *executor, const struct unfinished *step, struct step_result *result)
+const struct step_times *executor_times(const struct executor *executor)
 {
-    int64_t now = clock_now_us();
-    int64_t begin = step->begin_us > executor->finished_us ? step->begin_us : executor->finished_us;
-    uint64_t took = now > begin ? (uint64_t)(now - begin) : 0;
-    result->wait_us = step->wait_us;
-    result->compute_us = took > step->wait_us ? took - step->wait_us : 0;
-    executor->finished_us = now;
+    return &executor->times;
 }
 
 int executor_finish(struct executor *executor, struct step_result *result, bool wait, struct error *error)
@@ -751,9 +646,14 @@ int executor_finish(struct executor *executor, struct step_result *result, bool 
     if (!status && step->reports && step_head_report(executor->head, number, result))
         status = error_set(error, STATUS_NO_MEMORY, "no memory for the result of step %llu",
                            (unsigned long long)number);
-    take_times(executor, step, result);
     executor->failed |= status != STATUS_OK;
-    return status;
+    if (status)
+        return status;
+    step_times_read(&executor->times, &step->stamps, executor->times.sent_us, executor->ops,
+                    executor->device);
+    result->wait_us = step_times_wait_us(&executor->times);
+    result->compute_us = step_times_compute_us(&executor->times);
+    return STATUS_OK;
 }
 
 int executor_run(struct executor *executor, const struct step_plan *plan, struct step_result *result,

@@ -14,6 +14,7 @@
 #include "common/step_plan.h"
 #include "kernels/kernels.h"
 #include "worker/link.h"
+#include "worker/step_times.h"
 #include "worker/weight_cache.h"
 #include "worker/weight_file.h"
 
@@ -47,6 +48,15 @@ void executor_free(struct executor *executor);
 // long prompt, and every size that a backend which keeps programs records (elsewhere it does nothing). Before
 // the first step; leaves no trace in sequences, draws and results.
 int executor_warm_up(struct executor *executor, struct error *error);
+// What a stage's device takes, in nanoseconds; 0: not measured.
+struct stage_speed {
+    uint64_t layer_ns; // for one layer, the mean of the stage's, in a step of some generated rows
+    uint64_t head_ns;  // last stage: for the norm, the logits and the draws of such a step
+};
+// Measures, after the warm-up and before the first step, in a fraction of a second; on a device where one
+// layer takes very long nothing is measured. All workers of a pool measure with the same number of rows.
+// Leaves no trace, as the warm-up.
+int executor_measure(struct executor *executor, struct stage_speed *out, struct error *error);
 // With more than one stage, before the first step. The executor borrows the links.
 void executor_set_links(struct executor *executor, struct link *to_next, struct link *from_previous);
 
@@ -64,6 +74,8 @@ int executor_submit(struct executor *executor, const struct step_plan *plan, str
 // The result of the oldest unfinished step (last stage; elsewhere `result` only gets timings).
 // EXECUTOR_PENDING while the device has not got there, unless told to wait.
 int executor_finish(struct executor *executor, struct step_result *result, bool wait, struct error *error);
+// When the device was where with the step that was finished last.
+const struct step_times *executor_times(const struct executor *executor);
 uint32_t executor_unfinished(const struct executor *executor);
 // Submits a step and waits for it; no other may be unfinished.
 int executor_run(struct executor *executor, const struct step_plan *plan, struct step_result *result,

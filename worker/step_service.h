@@ -16,6 +16,7 @@
 #include "kernels/device.h"
 #include "proto/wire.h"
 #include "worker/link.h"
+#include "worker/step_trace.h"
 
 struct step_service;
 
@@ -28,6 +29,7 @@ struct step_service_options {
     bool oversubscribe; // this process may share its GPU with a neighbour
     uint64_t memory;    // budget for weights and KV in bytes, 0 = what the device has
     int64_t link_timeout_us;
+    struct step_trace *trace; // gets every step; NULL: none. Outlives the service
     // Called by the device's thread; `message` and what it points to are valid during the call.
     void (*say)(void *context, const struct wire_worker_message *message);
     // Once, after the FAILED that it caused: no epoch will run here any more.

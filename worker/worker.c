@@ -37,6 +37,7 @@ struct worker {
     struct gguf *gguf;
     struct model_spec spec;
     struct link_listener *listener;
+    struct step_trace *trace; // NULL: none
     struct step_service *service;
     struct outbox *outbox;
     struct arena arena;
@@ -113,6 +114,8 @@ static int open_parts(struct worker *worker, struct error *error)
                                         options->advertise_link, error);
     if (!status)
         status = outbox_new(&worker->outbox, beat, worker, error);
+    if (!status && options->trace)
+        status = step_trace_open(&worker->trace, options->trace, worker->name, error);
     if (status)
         return status;
     struct step_service_options service = {.device = options->device,
@@ -123,6 +126,7 @@ static int open_parts(struct worker *worker, struct error *error)
                                            .oversubscribe = options->oversubscribe,
                                            .memory = options->memory,
                                            .link_timeout_us = options->link_timeout_us,
+                                           .trace = worker->trace,
                                            .say = say,
                                            .broken = leave,
                                            .context = worker};
@@ -157,6 +161,7 @@ void worker_free(struct worker *worker)
     if (!worker)
         return;
     step_service_free(worker->service);
+    step_trace_close(worker->trace);
     outbox_free(worker->outbox);
     link_listener_close(worker->listener);
     gguf_close(worker->gguf);

@@ -17,6 +17,7 @@ struct worker_options {
     const char *listen_link;    // where the previous stage connects
     const char *advertise_link; // what others should dial instead; NULL = where we listen
     const char *name;           // NULL = host:pid
+    const char *trace;          // file for a trace of the steps, NULL = none
     struct device_options device;
     uint64_t memory;            // bytes for weights and KV, 0 = what the device has
     int64_t connect_timeout_us; // without a coordinator, 0 = for ever

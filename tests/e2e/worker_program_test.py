@@ -42,7 +42,7 @@ class Worker(unittest.TestCase):
         for arguments in ([], ["--modle", "x"], [self.model, "--level", "mmx"], [self.model, "--log-level", "loud"],
                           [self.model, "another"], [self.model, "--threads", "-1"], [self.model, "--logits", "1,2"],
                           [self.model, "--listen-link", "nowhere"], [self.model, "--coordinator", "nowhere"],
-                          [self.model, "--bench", "--bench-batch", "1,,2"]):
+                          [self.model, "--bench", "--bench-batch", "1,,2"], [self.model, "--trace", "/nowhere/x"]):
             done = run(*arguments)
             self.assertEqual(done.returncode, 2, (arguments, done.stderr))
             self.assertIn("strata-worker: ", done.stderr, arguments)

@@ -96,7 +96,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     promise(status == error.status && (status == 0) == (error.text[0] == '\0'),
             "a failed spec has a sentence");
     for (uint32_t stages = 1; status == 0 && stages <= 3 && stages <= spec.n_layers; stages++) {
-        promise(shard_plan_make(&plan, &spec, gguf, stages, &error) == 0, "a valid model can be dealt");
+        promise(shard_plan_make(&plan, &spec, gguf, stages, NULL, &error) == 0, "a valid model can be dealt");
         promise(plan.stages[stages - 1].first_layer + plan.stages[stages - 1].n_layers == spec.n_layers,
                 "a plan has every layer");
     }

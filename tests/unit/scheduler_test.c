@@ -1,161 +1,12 @@
-// The scheduler's named cases, step by step against plans and events written out by hand. What holds in
-// general is in tests/sim/scheduler_sim_test.c.
-#include "coordinator/scheduler.h"
-#include "tests/suite.h"
-
+// What the scheduler admits, plans and accepts: named cases, step by step against plans and events written
+// out by hand. How requests end is in scheduler_endings_test.c; what holds in general, in
+// tests/sim/scheduler_sim_test.c.
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { VOCABULARY = 100, END_ID = 99, STEPS = 64 };
-
-static struct scheduler *scheduler;
-static struct step_plan plan; // the latest
-static struct scheduler_event event;
-static int64_t now;
-static struct {
-    uint32_t n_rows, draws[64];
-} steps[STEPS]; // what each step of the epoch asked for
-static uint64_t answered;
-
-static const struct scheduler_options OPTIONS = {.n_slots = 4,
-                                                 .context = 256,
-                                                 .vocab_size = VOCABULARY,
-                                                 .max_waiting = 3,
-                                                 .step_budget = 128,
-                                                 .chunk = 64};
-
-static void start_with(const struct scheduler_options *options, uint32_t n_stages, uint32_t n_pages)
-{
-    now = 1000;
-    answered = 0;
-    step_plan_init(&plan);
-    ck_assert_int_eq(scheduler_new(&scheduler, options), STATUS_OK);
-    if (n_stages > 0)
-        ck_assert_int_eq(scheduler_pool_ready(scheduler, 1, n_stages, n_pages, now), STATUS_OK);
-}
-
-static void start(uint32_t n_stages, uint32_t n_pages)
-{
-    start_with(&OPTIONS, n_stages, n_pages);
-}
-
-static void finish(void)
-{
-    scheduler_check(scheduler);
-    scheduler_free(scheduler);
-    step_plan_free(&plan);
-}
-
-static struct request *request_of(uint64_t id, uint32_t n_prompt, uint32_t max_tokens)
-{
-    struct request *request = request_new();
-    ck_assert_ptr_nonnull(request);
-    request->id = id;
-    request->n_prompt = n_prompt;
-    request->prompt = calloc(n_prompt + 1, sizeof(*request->prompt));
-    for (uint32_t i = 0; i < n_prompt; i++)
-        request->prompt[i] = (int32_t)(i % 50);
-    request->max_tokens = max_tokens;
-    request->credit = 1000;
-    request->end_ids = calloc(1, sizeof(*request->end_ids));
-    request->end_ids[0] = END_ID;
-    request->n_end_ids = 1;
-    return request;
-}
-
-static void submit(struct request *request)
-{
-    struct error error = {0};
-    ck_assert_msg(scheduler_submit(scheduler, request, now, &error) == STATUS_OK, "%s", error.text);
-}
-
-static bool plan_next(void)
-{
-    scheduler_check(scheduler);
-    if (!scheduler_plan(scheduler, now, &plan))
-        return false;
-    scheduler_check(scheduler);
-    steps[plan.number % STEPS].n_rows = plan.n_rows;
-    for (uint32_t r = 0; r < plan.n_rows; r++)
-        steps[plan.number % STEPS].draws[r] = plan.rows[r].draws;
-    return true;
-}
-
-// A result for the oldest step in flight; every draw gives `token`, the next draw token + 1, and so on.
-static void make_result(struct step_result *result, uint64_t epoch, int32_t token)
-{
-    step_result_init(result);
-    result->epoch = epoch;
-    result->number = answered;
-    for (uint32_t r = 0; r < steps[answered % STEPS].n_rows; r++) {
-        for (uint32_t d = 0; d < steps[answered % STEPS].draws[r]; d++) {
-            struct step_sample *sample = step_result_add_sample(result);
-            sample->row = r;
-            sample->draw = d;
-            sample->token = token++;
-        }
-    }
-}
-
-static void answer(int32_t token)
-{
-    struct error error = {0};
-    struct step_result result;
-    make_result(&result, 1, token);
-    ck_assert_msg(scheduler_result(scheduler, &result, now, &error) == STATUS_OK, "%s", error.text);
-    answered++;
-    step_result_free(&result);
-    scheduler_check(scheduler);
-}
-
-static void expect_token(uint64_t request, uint32_t choice, int32_t token)
-{
-    ck_assert(scheduler_next_event(scheduler, &event));
-    ck_assert_int_eq(event.kind, SCHEDULER_TOKEN);
-    ck_assert_uint_eq(event.request, request);
-    ck_assert_uint_eq(event.choice, choice);
-    ck_assert_int_eq(event.token, token);
-}
-
-static void expect_choice_end(uint64_t request, uint32_t choice, enum finish_reason reason, int32_t matched)
-{
-    ck_assert(scheduler_next_event(scheduler, &event));
-    ck_assert_int_eq(event.kind, SCHEDULER_CHOICE_END);
-    ck_assert_uint_eq(event.request, request);
-    ck_assert_uint_eq(event.choice, choice);
-    ck_assert_int_eq(event.finish, reason);
-    ck_assert_int_eq(event.matched_id, matched);
-}
-
-static void expect_request_end(uint64_t request, int status)
-{
-    ck_assert(scheduler_next_event(scheduler, &event));
-    ck_assert_int_eq(event.kind, SCHEDULER_REQUEST_END);
-    ck_assert_uint_eq(event.request, request);
-    ck_assert_int_eq(event.status, status);
-}
-
-static void expect_no_event(void)
-{
-    ck_assert(!scheduler_next_event(scheduler, &event));
-}
-
-static const struct step_command *find_command(enum step_command_kind kind, uint32_t nth)
-{
-    for (uint32_t i = 0; i < plan.n_commands; i++) {
-        if (plan.commands[i].kind == kind && nth-- == 0)
-            return &plan.commands[i];
-    }
-    return NULL;
-}
-
-static struct scheduler_stats stats(void)
-{
-    struct scheduler_stats out;
-    scheduler_stats(scheduler, &out);
-    return out;
-}
+#include "tests/scheduler_fixture.h"
+#include "tests/suite.h"
 
 // --- submission ---
 
@@ -279,62 +130,6 @@ START_TEST(a_step_is_planned_ahead_of_its_token)
     ck_assert(plan_next()); // nothing in flight: the token is known
     ck_assert(!plan.rows[0].from_sample);
     ck_assert_int_eq(plan.tokens[plan.rows[0].tokens_first], 9);
-    finish();
-}
-END_TEST
-
-START_TEST(no_row_goes_beyond_the_last_token)
-{
-    start(1, 10);
-    submit(request_of(1, 5, 1));
-    ck_assert(plan_next());
-    ck_assert(!plan_next());
-    answer(7);
-    expect_token(1, 0, 7);
-    expect_choice_end(1, 0, FINISH_LENGTH, -1);
-    expect_request_end(1, STATUS_OK);
-    ck_assert_int_eq(event.started_us, now);
-    expect_no_event();
-    submit(request_of(2, 253, 100)); // room for three: the last at position 255 is never fed back
-    ck_assert(plan_next() && plan_next());
-    answered = 1;
-    for (int i = 0; i < 2; i++)
-        answer(1);
-    while (plan_next()) {
-        for (uint32_t r = 0; r < plan.n_rows; r++)
-            ck_assert_uint_le(plan.rows[r].position + plan.rows[r].count, 255);
-        answer(7);
-    }
-    for (int i = 0; i < 3; i++)
-        expect_token(2, 0, 7);
-    expect_choice_end(2, 0, FINISH_LENGTH, -1);
-    expect_request_end(2, STATUS_OK);
-    finish();
-}
-END_TEST
-
-START_TEST(an_end_id_ends_and_is_not_emitted)
-{
-    start(1, 10);
-    struct request *request = request_of(1, 5, 10);
-    request->credit = 2;
-    submit(request);
-    ck_assert(plan_next() && plan_next());
-    answer(END_ID);
-    expect_choice_end(1, 0, FINISH_STOP, END_ID);
-    expect_request_end(1, STATUS_OK);
-    ck_assert_uint_eq(stats().slots_used, 0);
-    ck_assert_uint_eq(stats().pages_free, 10);
-    ck_assert(!plan_next());
-    submit(request_of(2, 5, 10)); // gets the same slot and page while the row of the first is in flight
-    ck_assert(plan_next());
-    ck_assert_int_eq(plan.commands[0].kind, STEP_CLOSE);
-    ck_assert_int_eq(plan.commands[1].kind, STEP_OPEN);
-    ck_assert_uint_eq(plan.commands[0].slot, plan.commands[1].slot);
-    answer(50); // dropped
-    expect_no_event();
-    answer(60);
-    expect_token(2, 0, 60);
     finish();
 }
 END_TEST
@@ -560,60 +355,7 @@ START_TEST(choices_fork_after_their_first_tokens)
 }
 END_TEST
 
-START_TEST(choices_end_one_by_one)
-{
-    start(1, 10);
-    struct request *request = request_of(1, 64, 10);
-    request->n_choices = 3;
-    request->credit = 4;
-    submit(request);
-    ck_assert(plan_next());
-    answer(97); // 97, 98, and the end id for the last
-    expect_token(1, 0, 97);
-    expect_token(1, 1, 98);
-    expect_choice_end(1, 2, FINISH_STOP, END_ID);
-    ck_assert_uint_eq(stats().slots_used, 2);
-    ck_assert_uint_eq(stats().pages_free, 10 - 3);
-    ck_assert(plan_next()); // its credit is there again: 4 - 3 + 1
-    ck_assert_uint_eq(plan.n_rows, 2);
-    ck_assert_ptr_null(find_command(STEP_COPY, 0)); // the prompt filled its page
-    ck_assert(!plan_next());
-    scheduler_stop_choice(scheduler, 1, 0, now);
-    expect_choice_end(1, 0, FINISH_STOP, -1);
-    ck_assert(plan_next()); // with the credit of the row that was cut
-    ck_assert_uint_eq(plan.n_rows, 1);
-    answer(10); // of both; the first choice's goes nowhere
-    expect_token(1, 1, 11);
-    expect_no_event();
-    scheduler_stop_choice(scheduler, 1, 1, now);
-    expect_choice_end(1, 1, FINISH_STOP, -1);
-    expect_request_end(1, STATUS_OK);
-    finish();
-}
-END_TEST
-
-START_TEST(a_stop_takes_back_what_was_not_taken)
-{
-    start(1, 10);
-    submit(request_of(1, 5, 2));
-    ck_assert(plan_next() && plan_next());
-    answer(7);
-    answer(8); // the last by length; all events wait
-    expect_token(1, 0, 7);
-    scheduler_stop_choice(scheduler, 1, 0, now); // its stop string ended with the first token
-    expect_choice_end(1, 0, FINISH_STOP, -1);
-    expect_request_end(1, STATUS_OK);
-    expect_no_event();
-    ck_assert_uint_eq(stats().output_tokens, 1);
-    scheduler_stop_choice(scheduler, 1, 0, now); // long gone: ignored
-    scheduler_credit(scheduler, 1, 5);
-    scheduler_cancel(scheduler, 1, STATUS_CANCELLED, "late", now);
-    expect_no_event();
-    finish();
-}
-END_TEST
-
-// --- credit, cancellation, deadlines ---
+// --- credit ---
 
 START_TEST(a_slow_reader_pauses_only_itself)
 {
@@ -652,96 +394,7 @@ START_TEST(a_slow_reader_pauses_only_itself)
 }
 END_TEST
 
-START_TEST(cancelled_work_stops_at_once)
-{
-    start(1, 10);
-    struct request *request = request_of(1, 70, 10);
-    request->n_choices = 2;
-    submit(request);
-    submit(request_of(2, 70, 10));
-    ck_assert(plan_next());
-    scheduler_cancel(scheduler, 1, STATUS_CANCELLED, "the client closed the call", now);
-    scheduler_cancel(scheduler, 77, STATUS_CANCELLED, "nobody", now);
-    expect_choice_end(1, 0, FINISH_CANCELLED, -1);
-    expect_choice_end(1, 1, FINISH_CANCELLED, -1);
-    expect_request_end(1, STATUS_CANCELLED);
-    ck_assert_str_eq(event.text, "the client closed the call");
-    ck_assert(plan_next());
-    ck_assert_uint_eq(plan.n_rows, 1);
-    ck_assert_uint_eq(plan.rows[0].slot, 2);
-    answer(1);
-    expect_no_event();
-    finish();
-}
-END_TEST
-
-START_TEST(deadlines_end_requests_wherever_they_are)
-{
-    start(1, 2);
-    struct request *running = request_of(1, 70, 10), *waiting = request_of(2, 70, 10);
-    running->deadline_us = 5000;
-    waiting->deadline_us = 4000;
-    ck_assert_int_eq(scheduler_wake_us(scheduler), INT64_MAX);
-    submit(running);
-    submit(waiting);
-    submit(request_of(3, 70, 10));
-    ck_assert(plan_next());
-    ck_assert_int_eq(scheduler_wake_us(scheduler), 4000);
-    now = 3999;
-    ck_assert(plan_next());
-    expect_no_event();
-    now = 4000;
-    ck_assert(!plan_next());
-    expect_choice_end(2, 0, FINISH_CANCELLED, -1);
-    expect_request_end(2, STATUS_DEADLINE);
-    ck_assert_ptr_nonnull(strstr(event.text, "waited"));
-    ck_assert_int_eq(scheduler_wake_us(scheduler), 5000);
-    answer(3);
-    answer(4);
-    expect_token(1, 0, 4);
-    now = 6000;
-    ck_assert(plan_next()); // the third gets the room
-    expect_choice_end(1, 0, FINISH_CANCELLED, -1);
-    expect_request_end(1, STATUS_DEADLINE);
-    ck_assert_ptr_nonnull(strstr(event.text, "after 1 new token"));
-    ck_assert_int_eq(scheduler_wake_us(scheduler), INT64_MAX);
-    finish();
-}
-END_TEST
-
-// --- the pool ---
-
-START_TEST(a_lost_pool_ends_what_ran_and_keeps_what_waits)
-{
-    start(2, 3);
-    submit(request_of(1, 130, 10));
-    submit(request_of(2, 130, 10));
-    submit(request_of(3, 5, 10));
-    ck_assert(plan_next() && plan_next());
-    scheduler_pool_lost(scheduler, "worker a:1 is gone", now);
-    expect_choice_end(1, 0, FINISH_CANCELLED, -1);
-    expect_request_end(1, STATUS_UNAVAILABLE);
-    ck_assert_str_eq(event.text, "worker a:1 is gone");
-    expect_no_event();
-    ck_assert(!plan_next());
-    ck_assert_uint_eq(stats().waiting, 2);
-    ck_assert_uint_eq(stats().pages_total, 0);
-    ck_assert_int_eq(scheduler_pool_ready(scheduler, 2, 1, 2, now), STATUS_OK);
-    expect_choice_end(2, 0, FINISH_CANCELLED, -1); // three pages, and there are two now
-    expect_request_end(2, STATUS_EXHAUSTED);
-    ck_assert_ptr_nonnull(strstr(event.text, "need 3 KV pages"));
-    struct step_result late = {.epoch = 1, .number = 0};
-    ck_assert_int_eq(scheduler_result(scheduler, &late, now, NULL), STATUS_OK); // of the old epoch
-    ck_assert(plan_next());
-    ck_assert_uint_eq(plan.epoch, 2);
-    ck_assert_uint_eq(plan.number, 0);
-    ck_assert_int_eq(plan.commands[0].kind, STEP_OPEN); // the new workers have nothing to close
-    scheduler_pool_ready(scheduler, 3, 1, 2, now);      // replaced without a word
-    expect_choice_end(3, 0, FINISH_CANCELLED, -1);
-    expect_request_end(3, STATUS_UNAVAILABLE);
-    finish();
-}
-END_TEST
+// --- results ---
 
 static struct step_result good; // the expected result of a step with one draw and one score
 
@@ -803,27 +456,6 @@ START_TEST(wrong_results_change_nothing)
 }
 END_TEST
 
-// A request outlives its events by one: whoever takes them may still read its fields.
-START_TEST(requests_are_freed_after_their_last_event)
-{
-    start(1, 10);
-    submit(request_of(1, 5, 5));
-    submit(request_of(2, 5, 5));
-    scheduler_cancel(scheduler, 1, STATUS_CANCELLED, "gone", now);
-    scheduler_cancel(scheduler, 2, STATUS_CANCELLED, "gone", now);
-    for (int i = 0; i < 4; i++) {
-        ck_assert(scheduler_next_event(scheduler, &event));
-        ck_assert_uint_eq(event.spec->n_prompt, 5);
-        ck_assert_int_eq(event.spec->prompt[4], 4);
-    }
-    expect_no_event();
-    submit(request_of(1, 5, 5)); // freed by scheduler_free, with what waits in the queue
-    scheduler_cancel(scheduler, 1, STATUS_CANCELLED, "gone", now);
-    finish();
-    scheduler_free(NULL);
-}
-END_TEST
-
 Suite *make_suite(void)
 {
     Suite *suite = suite_create("scheduler");
@@ -832,8 +464,6 @@ Suite *make_suite(void)
     tcase_add_test(cases, options_are_checked);
     tcase_add_test(cases, the_oldest_is_admitted_first);
     tcase_add_test(cases, a_step_is_planned_ahead_of_its_token);
-    tcase_add_test(cases, no_row_goes_beyond_the_last_token);
-    tcase_add_test(cases, an_end_id_ends_and_is_not_emitted);
     tcase_add_test(cases, pages_come_as_they_are_reached);
     tcase_add_test(cases, an_open_says_what_sampling_needs);
     tcase_add_test(cases, prompts_are_read_in_chunks_beside_decodes);
@@ -841,14 +471,8 @@ Suite *make_suite(void)
     tcase_add_test(cases, generated_rows_come_first);
     tcase_add_test(cases, prompt_scores_come_in_order);
     tcase_add_test(cases, choices_fork_after_their_first_tokens);
-    tcase_add_test(cases, choices_end_one_by_one);
-    tcase_add_test(cases, a_stop_takes_back_what_was_not_taken);
     tcase_add_test(cases, a_slow_reader_pauses_only_itself);
-    tcase_add_test(cases, cancelled_work_stops_at_once);
-    tcase_add_test(cases, deadlines_end_requests_wherever_they_are);
-    tcase_add_test(cases, a_lost_pool_ends_what_ran_and_keeps_what_waits);
     tcase_add_test(cases, wrong_results_change_nothing);
-    tcase_add_test(cases, requests_are_freed_after_their_last_event);
     suite_add_tcase(suite, cases);
     return suite;
 }

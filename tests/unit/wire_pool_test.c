@@ -4,7 +4,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "proto/wire.h"
 #include "strata/v1/pool.pb-c.h"
@@ -329,6 +328,15 @@ static void expect_same_strings(const struct wire_worker_message *out, const str
     ck_assert_str_eq(out->device_id, in->device_id ? in->device_id : "");
 }
 
+// What a stage says of itself when it has loaded, failed or is at work.
+static void expect_same_ends(const struct wire_worker_message *out, const struct wire_worker_message *in)
+{
+    ck_assert(out->layer_ns == in->layer_ns && out->head_ns == in->head_ns);
+    ck_assert(out->peer_lost == in->peer_lost && out->fits_pages == in->fits_pages);
+    ck_assert(out->steps_done == in->steps_done && out->compute_us == in->compute_us);
+    ck_assert(out->wait_us == in->wait_us);
+}
+
 START_TEST(worker_messages_go_there_and_back)
 {
     static const struct wire_worker_message messages[] = {
@@ -356,6 +364,8 @@ START_TEST(worker_messages_go_there_and_back)
          .source_bytes = 3,
          .load_us = 4,
          .n_weights = 9,
+         .layer_ns = 1ull << 50,
+         .head_ns = 123456789,
          .link_id = {.data = "id\0of\xFFten.", .length = 10}},
         {.kind = WIRE_LINKED, .epoch = 8},
         {.kind = WIRE_FAILED,
@@ -385,16 +395,14 @@ START_TEST(worker_messages_go_there_and_back)
         ck_assert_msg(status == 0, "%s", error.text);
         ck_assert(out.kind == in->kind && out.epoch == in->epoch && out.fingerprint == in->fingerprint);
         ck_assert(out.protocol == in->protocol && out.level == in->level && out.threads == in->threads);
+        ck_assert(out.nccl == in->nccl && out.oversubscribe == in->oversubscribe);
         ck_assert(out.memory_free == in->memory_free && out.pid == in->pid && out.status == in->status);
         ck_assert(out.done_bytes == in->done_bytes && out.total_bytes == in->total_bytes);
         ck_assert(out.weight_bytes == in->weight_bytes && out.kv_bytes == in->kv_bytes);
         ck_assert(out.source_bytes == in->source_bytes && out.load_us == in->load_us);
         ck_assert(out.n_weights == in->n_weights && out.has_step == in->has_step && out.step == in->step);
-        ck_assert_uint_eq(out.fits_pages, in->fits_pages);
-        ck_assert(out.peer_lost == in->peer_lost && out.steps_done == in->steps_done);
-        ck_assert(out.compute_us == in->compute_us && out.wait_us == in->wait_us);
+        expect_same_ends(&out, in);
         expect_same_strings(&out, in);
-        ck_assert(out.nccl == in->nccl && out.oversubscribe == in->oversubscribe);
         expect_same_bytes(out.link_id, in->link_id);
         ck_assert_str_eq(out.text, in->text ? in->text : "");
     }
@@ -417,7 +425,8 @@ START_TEST(coordinator_messages_go_there_and_back)
          .context = 8,
          .max_positions = 9,
          .level = 10,
-         .next_link = WIRE_LINK_NCCL},
+         .next_link = WIRE_LINK_NCCL,
+         .measure = true},
         {.kind = WIRE_ASSIGN, .previous_link = WIRE_LINK_NCCL},
         {.kind = WIRE_CONNECT, .epoch = 3, .next_address = "unix:/next"},
         {.kind = WIRE_CONNECT, .next_address = "h:1", .previous_id = {.data = "\0\1", .length = 2}},
@@ -442,6 +451,7 @@ START_TEST(coordinator_messages_go_there_and_back)
         ck_assert_str_eq(out.text, in->text ? in->text : "");
         ck_assert_str_eq(out.next_address, in->next_address ? in->next_address : "");
         ck_assert(out.next_link == in->next_link && out.previous_link == in->previous_link);
+        ck_assert(out.measure == in->measure);
         expect_same_bytes(out.previous_id, in->previous_id);
     }
     arena_free(&arena);
@@ -607,17 +617,8 @@ START_TEST(every_cut_and_flip_is_survived)
 }
 END_TEST
 
-// A decode step of 64 rows, as it crosses at every token: measured so that a slow codec is noticed. The bound
-// is twenty times what it takes.
-// Of the processor that this thread had: what else the machine does is not the codec's.
-static int64_t own_time_us(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
-    return (int64_t)now.tv_sec * 1000000 + now.tv_nsec / 1000;
-}
-
-START_TEST(a_decode_step_is_cheap)
+// A decode step of 64 rows, as it crosses at every token: back as it went, in few bytes.
+START_TEST(a_decode_step_is_small)
 {
     struct step_plan plan, back;
     struct step_result result, back_result;
@@ -642,23 +643,15 @@ START_TEST(a_decode_step_is_cheap)
                                                       .next_token = -1};
         *step_result_add_sample(&result) = (struct step_sample){.row = i, .token = (int32_t)(1000 * i)};
     }
-    int64_t best = INT64_MAX;
-    for (int round = 0; round < 200; round++) {
-        int64_t before = own_time_us();
-        for (int i = 0; i < 20; i++) {
-            encode_plan(&bytes, &plan);
-            ck_assert_int_eq(decode_plan(&back, bytes.data, bytes.length, &error), 0);
-            struct wire_worker_message message = {.kind = WIRE_RESULT, .result = &result};
-            wire_encode_worker_message(&bytes, &message);
-            message.result = &back_result;
-            ck_assert_int_eq(wire_decode_worker_message(&message, bytes.data, bytes.length, &arena, &error),
-                             0);
-        }
-        int64_t took = own_time_us() - before;
-        best = took < best ? took : best;
-    }
-    printf("64 rows, plan and result, encoded and decoded: %.1f us\n", (double)best / 20);
-    ck_assert_int_lt(best / 20, 500);
+    encode_plan(&bytes, &plan);
+    ck_assert_uint_le(bytes.length, 64 * 32);
+    ck_assert_int_eq(decode_plan(&back, bytes.data, bytes.length, &error), 0);
+    struct wire_worker_message message = {.kind = WIRE_RESULT, .result = &result};
+    wire_encode_worker_message(&bytes, &message);
+    ck_assert_uint_le(bytes.length, 64 * 10);
+    message.result = &back_result;
+    ck_assert_int_eq(wire_decode_worker_message(&message, bytes.data, bytes.length, &arena, &error), 0);
+    expect_same_result(&result, &back_result);
     expect_same_plan(&plan, &back);
     arena_free(&arena);
     step_plan_free(&plan);
@@ -683,7 +676,7 @@ Suite *make_suite(void)
     tcase_add_test(tests, unknown_fields_are_skipped);
     tcase_add_test(tests, plans_past_their_limits_are_refused);
     tcase_add_test(tests, every_cut_and_flip_is_survived);
-    tcase_add_test(tests, a_decode_step_is_cheap);
+    tcase_add_test(tests, a_decode_step_is_small);
     suite_add_tcase(suite, tests);
     return suite;
 }

@@ -242,7 +242,10 @@ static struct wire_pool any_pool(void)
                                         .kv_bytes = any_u64(),
                                         .loaded_bytes = any_u64(),
                                         .load_bytes = any_u64(),
-                                        .busy = any_float()};
+                                        .busy = any_float(),
+                                        .waiting = any_float(),
+                                        .layer_ns = any_u64(),
+                                        .head_ns = any_u64()};
     p.stages = stages;
     return p;
 }

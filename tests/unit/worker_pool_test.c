@@ -522,6 +522,36 @@ static struct pipeline *open_pipeline(int64_t timeout_us)
     return pipeline;
 }
 
+// Half of a share is what the last heartbeat says; a worker has not more time than there is.
+START_TEST(heartbeats_tell_what_a_stage_does)
+{
+    open_pool((struct worker_pool_options){.n_workers = 1});
+    struct fake *fake = fake_join("a");
+    uint64_t epoch = serve(&fake, 1);
+    struct wire_worker_message beat = {.kind = WIRE_HEARTBEAT, .epoch = epoch, .wait_us = 3600000000};
+    struct wire_pool described = {0};
+    pump_for(10000);
+    fake_say(fake, &beat);
+    while (described.n_stages == 0 || described.stages[0].waiting == 0) {
+        pump_once();
+        worker_pool_describe(pool, &described);
+    }
+    ck_assert_double_eq(described.stages[0].waiting, 0.5);
+    ck_assert_double_eq(described.stages[0].busy, 0);
+    pump_for(10000);
+    beat.compute_us = 3600000000;
+    fake_say(fake, &beat);
+    while (described.stages[0].busy == 0) {
+        pump_once();
+        worker_pool_describe(pool, &described);
+    }
+    ck_assert_double_eq(described.stages[0].waiting, 0.25);
+    ck_assert_double_eq(described.stages[0].busy, 0.5);
+    fake_leave(fake);
+    close_pool();
+}
+END_TEST
+
 START_TEST(the_watchdog_names_the_stage_that_hangs)
 {
     open_pool((struct worker_pool_options){.n_workers = 2});
@@ -642,6 +672,7 @@ Suite *make_suite(void)
     tcase_add_test(tcase, what_does_not_fit_is_said_with_numbers);
     tcase_add_test(tcase, workers_of_one_host_share_its_memory);
     tcase_add_test(tcase, steps_go_to_all_and_come_back_from_the_last);
+    tcase_add_test(tcase, heartbeats_tell_what_a_stage_does);
     tcase_add_test(tcase, the_watchdog_names_the_stage_that_hangs);
     tcase_add_test(tcase, results_come_in_order_and_plans_are_checked);
     tcase_add_test(tcase, nobodys_fault_keeps_the_workers);
