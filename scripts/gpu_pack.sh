@@ -39,6 +39,7 @@ there='^(linux-vdso|/lib.*ld-linux|lib(c|m|rt|dl|pthread|gcc_s|stdc\+\+|cublas|c
 foreign=$(for file in "$stage"/strata* "$stage"/tests/*; do ldd "$file"; done | awk '{print $1}' | sort -u |
     grep -Ev "$there" || true)
 [ -z "$foreign" ] || { echo "gpu_pack.sh: these libraries would be missing elsewhere: $foreign" >&2; exit 1; }
-tar -C "$stage" -c . | xz -T0 -6 > "$out/strata-gpu.tar.xz"
+# Every program holds the same kernels: a dictionary that reaches back over several stores them once.
+tar -C "$stage" -c . | xz -T1 --lzma2=preset=3,dict=192MiB > "$out/strata-gpu.tar.xz"
 rm -rf "$out/unpacked"
 du -sh "$stage" "$out/strata-gpu.tar.xz" | awk '{print $1, NR == 1 ? "unpacked" : "packed"}'
