@@ -32,7 +32,7 @@ fi
 python=""
 for candidate in ${STRATA_TEST_PYTHON:-} /usr/bin/python3 python3; do
     if [ -z "$python" ] && "$candidate" -c 'import numpy' 2> /dev/null; then
-        python=$candidate
+        python=$(command -v "$candidate") # a path: programs start it without looking for it
     fi
 done
 [ -n "$python" ] || { echo "$0: no python3 with numpy here" >&2; exit 2; }

@@ -6,6 +6,7 @@
 // Queued by the executor's thread.
 #include "kernels/cuda/cuda_kv.cuh"
 #include "kernels/cuda/cuda_product.cuh"
+#include "kernels/cuda/cuda_rows.cuh"
 
 // Into how many runs K is cut: enough for all the SMs of a large GPU to have eight warps at work, by the
 // shapes alone. Two GPUs of different size give the same bits.
@@ -125,6 +126,29 @@ static void multiply_wide(struct cuda_device *device, const struct activation *x
     }
 }
 
+// silu(parts[0]) parts[1] of all rows, a kernel for each 64. False where that would not be the faster, or
+// cannot be: few rows, two layouts, or tiles for less than half of the GPU (clusters share those).
+static bool multiply_gated(struct cuda_device *device, const struct activation *x, uint32_t rows,
+                           const struct matmul_part *parts, struct activation *gated, uint32_t chunks)
+{
+    enum { FEWEST_TILES = 4 }; // a block
+    int layout, other;
+    if (!activation_view_of(x).many || !two_layouts(parts, 2, &layout, &other) || layout != other ||
+        2 * tiles_of(parts[0].weight) < FEWEST_TILES * (uint32_t)device->sms)
+        return false;
+    gated->unit = CUDA_ACTIVATED_UNIT;
+    for (uint32_t first = 0; first < rows; first += CUDA_GROUP_ROWS) {
+        uint32_t columns = rows - first < CUDA_GROUP_ROWS ? rows - first : (uint32_t)CUDA_GROUP_ROWS;
+        struct product_args args = group_args(x, first, columns, chunks);
+        add_part(&args, &parts[0], first);
+        add_part(&args, &parts[1], first);
+        args.gated = activation_view_of(gated);
+        args.gated_row = first;
+        product_wide(device, args, layout);
+    }
+    return true;
+}
+
 static void multiply_generated(struct cuda_device *device, const struct activation *x, uint32_t rows,
                                const struct matmul_part *parts, uint32_t n_parts, uint32_t chunks)
 {
@@ -146,20 +170,26 @@ static uint32_t chunks_of(const struct activation *x, const struct matmul_part *
     return choose_chunks(tiles, cuda_padded_width(x->width) / CUDA_K_BLOCK);
 }
 
+// `gated` not NULL: silu(parts[0]) parts[1] is wanted there, the parts' own results are not.
 static void multiply(struct cuda_device *device, const struct activation *x, uint32_t rows,
-                     const struct matmul_part *parts, uint32_t n_parts, uint32_t chunks)
+                     const struct matmul_part *parts, uint32_t n_parts, struct activation *gated,
+                     uint32_t chunks)
 {
-    uint32_t generated = x->n_generated < rows ? x->n_generated : rows;
-    if (generated > 0)
+    uint32_t generated = x->n_generated < rows ? x->n_generated : rows, done = 0;
+    if (gated && generated > 0 && multiply_gated(device, x, generated, parts, gated, chunks))
+        done = generated;
+    else if (generated > 0)
         multiply_generated(device, x, generated, parts, n_parts, chunks);
     for (uint32_t p = 0; p < n_parts && generated < rows; p++)
         cuda_gemm(device, x, rows, &parts[p]);
+    if (gated)
+        cuda_ffn_activate_rows(device, gated, parts[0].out, parts[1].out, parts[0].out_stride, done, rows);
 }
 
 extern "C" void cuda_matmul(struct device *base, const struct activation *x, uint32_t rows,
                             const struct matmul_part *parts, uint32_t n_parts)
 {
-    multiply(cuda_device_of(base), x, rows, parts, n_parts, chunks_of(x, parts, n_parts, false));
+    multiply(cuda_device_of(base), x, rows, parts, n_parts, NULL, chunks_of(x, parts, n_parts, false));
 }
 
 // What a product does together with its surroundings, where its rows are few; false where it did less than
@@ -186,9 +216,7 @@ extern "C" void cuda_project(struct device *base, struct activation *x, uint32_t
     uint32_t chunks = chunks_of(x, parts, n_parts, gated != NULL);
     if (project_few(device, x, rows, parts, n_parts, {norm, gated, NULL}, chunks))
         return;
-    multiply(device, x, rows, parts, n_parts, chunks);
-    if (gated)
-        cuda_ffn_activate(base, gated, parts[0].out, parts[1].out, parts[0].out_stride, rows);
+    multiply(device, x, rows, parts, n_parts, gated, chunks);
 }
 
 // False where heads are normalized, or pairs that turn are not neighbours.
@@ -227,6 +255,6 @@ extern "C" void cuda_project_qkv(struct device *base, struct activation *x, cons
     }
     if (project_few(device, x, rows, parts, n_parts, {norm, NULL, &heads}, chunks))
         return;
-    multiply(device, x, rows, parts, n_parts, chunks);
+    multiply(device, x, rows, parts, n_parts, NULL, chunks);
     cuda_attn_prepare(base, qkv, shape, kv, batch);
 }

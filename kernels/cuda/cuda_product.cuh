@@ -53,8 +53,10 @@ struct product_args { // up to 64 columns; all parts have the same width
     float unit;
     struct product_norm norm;
     struct product_heads heads;
-    struct activation_view
-        gated; // groups NULL: none; else silu(parts[0]) x parts[1] goes there, `tiles` are of one
+    // groups NULL: none; else silu(parts[0]) x parts[1] goes there, `tiles` are of one, column 0 is row
+    // `gated_row`.
+    struct activation_view gated;
+    uint32_t gated_row;
 };
 
 __device__ __forceinline__ const struct product_part &product_part_of(const struct product_args &args,
@@ -121,7 +123,7 @@ __device__ __forceinline__ void product_store(const struct product_args &args,
 // The parts' layouts, `layout` for 0 and `other` for 1. False: these columns, shapes or layouts are not for
 // it.
 bool product_small(struct cuda_device *device, const struct product_args &args, int layout, int other);
-// One layout; neither norm nor gated.
+// One layout; no norm; gated only where the activations lie for many rows.
 void product_wide(struct cuda_device *device, const struct product_args &args, int layout);
 
 #endif

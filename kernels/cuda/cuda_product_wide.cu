@@ -12,9 +12,15 @@
 // columns and are multiplied by `mma`, a tile a warp, which is the faster for up to 16: those that the kernel
 // for few columns (cuda_product_small.cu) does not take. Both give a column the same bits. What was tried
 // besides: kernels/lab/cuda_decode.md.
+//
+// A gated product (two legs: silu(gate) up) is one kernel with what becomes of it: a warp's two tiles are the
+// same rows of both matrices, and their sums become the next product's activation. No cluster: a block takes
+// all runs of K one after the other, and keeps the sums of the finished ones where the parts' results would
+// go.
 #include <cooperative_groups.h>
 
 #include "kernels/cuda/cuda_product.cuh"
+#include "kernels/cuda/cuda_rows.cuh"
 #include "kernels/cuda/cuda_wgmma.cuh"
 
 namespace cg = cooperative_groups;
@@ -27,21 +33,24 @@ template <bool MANY> struct wide_block {
 };
 
 struct wide_shape {
-    uint32_t tiles, stages;           // of a block, of its ring
+    uint32_t tiles, stages;           // of a block (and leg), of its ring
     uint32_t stage_bytes, records_at; // of a stage: columns first
 };
 
-// The part and the first tile (in it) of a block's share; tiles of one block are of one part.
+// The part and the first tile (in it) of a block's share; tiles of one block are of one part, or of both
+// legs.
 struct wide_place {
     uint32_t part, tile, n_tiles, chunk;
 };
 
+template <int LEGS>
 __device__ __forceinline__ struct wide_place place_of(const struct product_args &args,
                                                       const struct wide_shape &shape)
 {
-    struct wide_place place = {0, 0, 0, blockIdx.x % args.chunks};
-    uint32_t share = blockIdx.x / args.chunks;
-    for (; place.part + 1 < args.n_parts; place.part++) {
+    uint32_t runs = LEGS == 2 ? 1 : args.chunks; // that blocks share
+    struct wide_place place = {0, 0, 0, blockIdx.x % runs};
+    uint32_t share = blockIdx.x / runs;
+    for (; LEGS == 1 && place.part + 1 < args.n_parts; place.part++) {
         uint32_t shares = (args.parts[place.part].tiles + shape.tiles - 1) / shape.tiles;
         if (share < shares)
             break;
@@ -53,28 +62,34 @@ __device__ __forceinline__ struct wide_place place_of(const struct product_args 
     return place;
 }
 
-// Copies the records of K block k into a stage: tiles of one panel lie together, so one copy, or two. By one
-// thread, which has told the barrier to expect them. (Copies of several lanes go out one after the other.)
-template <int L>
+// Copies the records of K block k into a stage, leg after leg: tiles of one panel lie together, so one copy a
+// leg, or two. By one thread, which has told the barrier to expect them. (Copies of several lanes go out one
+// after the other.)
+template <int L, int LEGS>
 __device__ __forceinline__ void copy_records(const struct product_args &args, const struct wide_place &place,
                                              uint32_t k, unsigned char *to, barrier_t *filled)
 {
     constexpr uint32_t BYTES = record_form_of(L).bytes;
-    const struct product_part &part = args.parts[place.part];
-    for (uint32_t first = 0; first < place.n_tiles;) {
-        uint32_t tile = place.tile + first,
-                 count = min(place.n_tiles - first, PANEL_TILES - tile % PANEL_TILES);
-        copy_bulk(to + first * BYTES, part.records + record_index(tile, k, part.tiles, args.k_blocks) * BYTES,
-                  count * BYTES, filled, CACHE_FIRST_OUT);
-        first += count;
+#pragma unroll
+    for (int leg = 0; leg < LEGS; leg++) {
+        const struct product_part &part = args.parts[place.part + leg];
+        for (uint32_t first = 0; first < place.n_tiles;) {
+            uint32_t tile = place.tile + first,
+                     count = min(place.n_tiles - first, PANEL_TILES - tile % PANEL_TILES);
+            copy_bulk(to + first * BYTES,
+                      part.records + record_index(tile, k, part.tiles, args.k_blocks) * BYTES, count * BYTES,
+                      filled, CACHE_FIRST_OUT);
+            first += count;
+        }
+        to += place.n_tiles * BYTES;
     }
 }
 
-template <int L, bool MANY>
+template <int L, bool MANY, int LEGS>
 __device__ __forceinline__ uint32_t stage_bytes(const struct product_args &args,
                                                 const struct wide_place &place)
 {
-    return place.n_tiles * record_form_of(L).bytes +
+    return LEGS * place.n_tiles * record_form_of(L).bytes +
            (MANY ? (args.columns + 7) / 8 * 8 : args.columns) * CUDA_BLOCK_BYTES;
 }
 
@@ -102,7 +117,7 @@ __device__ __forceinline__ unsigned char *ring_of(void)
 }
 
 // Begins the first stages: weights do not wait for the predecessor, activations do.
-template <int L, int NT, bool MANY>
+template <int L, int NT, bool MANY, int LEGS>
 __device__ __forceinline__ void fill_ring(const struct product_args &args, const struct wide_shape &shape,
                                           const struct wide_place &place, uint32_t begin, uint32_t count,
                                           barrier_t *filled, barrier_t *drained)
@@ -115,9 +130,9 @@ __device__ __forceinline__ void fill_ring(const struct product_args &args, const
         }
         barrier_publish();
         for (uint32_t i = 0; i < count; i++) {
-            barrier_expect(filled + i, stage_bytes<L, MANY>(args, place));
-            copy_records<L>(args, place, begin + i, ring + i * shape.stage_bytes + shape.records_at,
-                            filled + i);
+            barrier_expect(filled + i, stage_bytes<L, MANY, LEGS>(args, place));
+            copy_records<L, LEGS>(args, place, begin + i, ring + i * shape.stage_bytes + shape.records_at,
+                                  filled + i);
         }
     }
     cuda_release();
@@ -128,7 +143,7 @@ __device__ __forceinline__ void fill_ring(const struct product_args &args, const
 }
 
 // The first thread: fills `stage` with K block k once all warps have left it.
-template <int L, int NT, bool MANY>
+template <int L, int NT, bool MANY, int LEGS>
 __device__ __forceinline__ void refill(const struct product_args &args, const struct wide_shape &shape,
                                        const struct wide_place &place, uint32_t k, uint32_t stage,
                                        uint32_t parity, barrier_t *filled, barrier_t *drained)
@@ -136,49 +151,98 @@ __device__ __forceinline__ void refill(const struct product_args &args, const st
     unsigned char *to = ring_of() + stage * shape.stage_bytes;
     if (threadIdx.x == 0) {
         barrier_await(drained + stage, parity);
-        barrier_expect(filled + stage, stage_bytes<L, MANY>(args, place));
-        copy_records<L>(args, place, k, to + shape.records_at, filled + stage);
+        barrier_expect(filled + stage, stage_bytes<L, MANY, LEGS>(args, place));
+        copy_records<L, LEGS>(args, place, k, to + shape.records_at, filled + stage);
         copy_columns<NT, MANY>(args, k, to, filled + stage);
     }
 }
 
-// The sums of a cluster's blocks, added in the order of their runs: every block does a share of the rows.
+// --- finishing ---
+
+// Sums pass through shared memory, where the ring was: by then each thread has four rows that lie together,
+// and few instructions do, which the straight code for every register would not be.
+
+// A block's sums: [column][row], `stride` floats a column; tile j of a warp at rows 16 (warp + j x warps).
 template <int NT, int TILES>
-__device__ void reduce_cluster(const struct product_args &args, const struct wide_place &place,
-                               const float (*acc)[NT][4])
+__device__ __forceinline__ float *put_sums(uint32_t warp, uint32_t lane, uint32_t *stride,
+                                           const float (*acc)[NT][4])
 {
-    cg::cluster_group cluster = cg::this_cluster();
-    uint32_t warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    uint32_t rows = TILES * warps * CUDA_TILE_ROWS, stride = rows + 4;
+    uint32_t warps = blockDim.x / 32;
     float *sums = (float *)ring_of();
+    *stride = TILES * warps * CUDA_TILE_ROWS + 4;
     __syncthreads(); // the ring is not read any more
 #pragma unroll
     for (int i = 0; i < TILES * 4 * NT; i++)
-        sums[(i / 4 % NT * 8 + 2 * (lane % 4) + i % 2) * stride +
+        sums[(i / 4 % NT * 8 + 2 * (lane % 4) + i % 2) * *stride +
              (warp + i / 4 / NT * warps) * CUDA_TILE_ROWS + lane / 4 + i % 4 / 2 * 8] =
             acc[i / 4 / NT][i / 4 % NT][i % 4];
-    cluster.sync();
-    uint32_t share = rows / args.chunks, first = cluster.block_rank() * share;
+    return sums;
+}
+
+// Finishes rows [row, row + 4) of a column.
+__device__ __forceinline__ void store4(const struct product_args &args, const struct product_part &part,
+                                       uint32_t row, uint32_t column, float4 sum)
+{
+    float sums[4] = {sum.x, sum.y, sum.z, sum.w}, values[4];
+    float *out = product_place(part, row, column);
+    if (row + 4 > part.rows || ((uintptr_t)out & 15) != 0) {
+#pragma unroll
+        for (uint32_t i = 0; i < 4; i++)
+            product_store(args, part, row + i, column, sums[i]);
+        return;
+    }
+    float4 old = part.accumulate ? *(const float4 *)out : make_float4(0, 0, 0, 0);
+    float olds[4] = {old.x, old.y, old.z, old.w};
+#pragma unroll
+    for (uint32_t i = 0; i < 4; i++)
+        values[i] =
+            product_onto(part, olds[i], product_finish(args, part, product_end_of(part, row + i), sums[i]));
+    *(float4 *)out = make_float4(values[0], values[1], values[2], values[3]);
+}
+
+__device__ __forceinline__ float4 add4(float4 a, float4 b)
+{
+    return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+
+// The sums of a cluster's blocks, added in the order of their runs: every block does a share of the rows.
+// Without a cluster, the block's own.
+template <int NT, int TILES>
+__device__ __forceinline__ void finish_runs(const struct product_args &args, const struct wide_place &place,
+                                            uint32_t warp, uint32_t lane, const float (*acc)[NT][4])
+{
+    cg::cluster_group cluster = cg::this_cluster();
+    uint32_t stride, fours = TILES * (blockDim.x / 32) * CUDA_TILE_ROWS / 4 >> args.chunk_shift;
+    float *sums = put_sums<NT, TILES>(warp, lane, &stride, acc);
     const float *others[PRODUCT_CHUNKS];
+    if (args.chunks > 1)
+        cluster.sync();
+    else
+        __syncthreads();
 #pragma unroll
     for (uint32_t c = 0; c < PRODUCT_CHUNKS; c++)
-        others[c] = cluster.map_shared_rank(sums, c < args.chunks ? c : 0);
-    for (uint32_t i = threadIdx.x; i < share * args.columns; i += blockDim.x) {
-        uint32_t row = first + i % share, column = i / share;
+        others[c] = args.chunks > 1 ? cluster.map_shared_rank(sums, c < args.chunks ? c : 0) : sums;
+    uint32_t first = place.chunk * fours * 4;
+    for (uint32_t i = threadIdx.x; i < fours * args.columns; i += blockDim.x) {
+        uint32_t column = i / fours, row = first + (i - column * fours) * 4;
         if (row >= place.n_tiles * CUDA_TILE_ROWS)
             continue;
-        float parts[PRODUCT_CHUNKS];
+        float4 runs[PRODUCT_CHUNKS];
 #pragma unroll
         for (uint32_t c = 0; c < PRODUCT_CHUNKS; c++) // all on their way before the first is added
-            parts[c] = c < args.chunks ? others[c][column * stride + row] : 0;
-        float sum = parts[0];
+            runs[c] = c < args.chunks ? *(const float4 *)(others[c] + column * stride + row)
+                                      : make_float4(0, 0, 0, 0);
+        float4 sum = runs[0];
 #pragma unroll
         for (uint32_t c = 1; c < PRODUCT_CHUNKS; c++)
-            sum = c < args.chunks ? sum + parts[c] : sum;
-        product_store(args, args.parts[place.part], place.tile * CUDA_TILE_ROWS + row, column, sum);
+            sum = c < args.chunks ? add4(sum, runs[c]) : sum;
+        store4(args, args.parts[place.part], place.tile * CUDA_TILE_ROWS + row, column, sum);
     }
-    cluster.sync(); // nobody leaves while others read
+    if (args.chunks > 1)
+        cluster.sync(); // nobody leaves while others read
 }
+
+// --- stages ---
 
 // acc += factor (of the upper and the lower eight rows) x sums.
 template <int NT>
@@ -296,7 +360,7 @@ __device__ __forceinline__ void multiply_many(const unsigned char *const *record
 
 // A stage's products of the warp's tiles. A warp beyond the tiles is needed all the same, when its four have
 // any: it repeats the last.
-template <int L, int NT, bool MANY>
+template <int L, int NT, bool MANY, int LEGS>
 __device__ __forceinline__ void
 multiply_stage(const struct product_args &args, const struct wide_place &place, const unsigned char *columns,
                const unsigned char *records, uint32_t warp, uint32_t lane, float (*acc)[NT][4])
@@ -306,31 +370,74 @@ multiply_stage(const struct product_args &args, const struct wide_place &place, 
         if (warp < place.n_tiles)
             record_multiply<L, NT>(records + warp * BYTES, columns, args.columns, lane, acc[0]);
     } else {
-        uint32_t second = warp + blockDim.x / 32, last = place.n_tiles - 1;
+        uint32_t last = place.n_tiles - 1;
+        uint32_t second = LEGS == 2 ? place.n_tiles + min(warp, last) : warp + blockDim.x / 32;
         const unsigned char *both[2] = {records + min(warp, last) * BYTES,
-                                        records + min(second, last) * BYTES};
-        if (second / 4 * 4 < place.n_tiles)
+                                        records + (LEGS == 2 ? second : min(second, last)) * BYTES};
+        if (LEGS == 2 || second / 4 * 4 < place.n_tiles)
             multiply_many<L, NT, 2>(both, shared_address(columns), lane, acc);
         else
             multiply_many<L, NT, 1>(both, shared_address(columns), lane, acc);
     }
 }
 
-template <int NT, int TILES>
-__device__ __forceinline__ void store_tiles(const struct product_args &args, const struct wide_place &place,
-                                            uint32_t warp, uint32_t lane, const float (*acc)[NT][4])
+// --- gated products ---
+
+// Keeps the sums of a run of K that is finished, or of all so far, where the parts' results would be: every
+// lane its own, and begins the next. The lane is hidden from the compiler, which else makes all addresses
+// before the loop and keeps them.
+template <int NT>
+__device__ __forceinline__ void keep_run(const struct product_args &args, const struct wide_place &place,
+                                         uint32_t warp, uint32_t lane, bool first, float (*acc)[NT][4])
 {
+    uint32_t hidden = opaque(lane), row = (place.tile + warp) * CUDA_TILE_ROWS + hidden / 4;
 #pragma unroll
-    for (int i = 0; i < TILES * 4 * NT; i++) {
-        uint32_t tile = warp + i / 4 / NT * (blockDim.x / 32);
-        if (tile < place.n_tiles)
-            product_store(args, args.parts[place.part],
-                          (place.tile + tile) * CUDA_TILE_ROWS + lane / 4 + i % 4 / 2 * 8,
-                          i / 4 % NT * 8 + 2 * (lane % 4) + i % 2, acc[i / 4 / NT][i / 4 % NT][i % 4]);
+    for (int i = 0; i < 2 * 4 * NT; i++) {
+        const struct product_part &part = args.parts[i / 4 / NT];
+        uint32_t column = i / 4 % NT * 8 + 2 * (hidden % 4) + i % 2;
+        float *sum = &acc[i / 4 / NT][i / 4 % NT][i % 4], *at = product_place(part, row, column);
+        bool there = warp < place.n_tiles && row + i % 4 / 2 * 8 < part.rows && column < args.columns;
+        if (there)
+            at[i % 4 / 2 * 8] = first ? *sum : at[i % 4 / 2 * 8] + *sum;
+        *sum = 0;
     }
 }
 
-template <int L, int NT, bool MANY>
+// The sum of row `row` of a leg, from its last run, `last`.
+__device__ __forceinline__ float finish_leg(const struct product_args &args, const struct product_part &part,
+                                            uint32_t row, uint32_t column, float last)
+{
+    float sum = args.chunks > 1 ? *product_place(part, row, column) + last : last;
+    return product_finish(args, part, product_end_of(part, row), sum);
+}
+
+// The block's tiles of both legs become elements of the next product's activation, eight a lane.
+template <int NT>
+__device__ __forceinline__ void store_gated(const struct product_args &args, const struct wide_place &place,
+                                            uint32_t warp, uint32_t lane, const float (*acc)[NT][4])
+{
+    uint32_t stride, eights = 2 * place.n_tiles, second = blockDim.x / 32 * CUDA_TILE_ROWS;
+    const float *sums = put_sums<NT, 2>(warp, lane, &stride, acc);
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i / 32 * 32 < eights * args.columns; i += blockDim.x) {
+        uint32_t column = i / eights, at = (i - column * eights) * 8;
+        uint32_t row = place.tile * CUDA_TILE_ROWS + at;
+        const float *from = sums + column * stride + at;
+        bool live = column < args.columns && row < args.parts[0].rows;
+        float values[8] = {};
+#pragma unroll
+        for (uint32_t e = 0; e < 8; e++) {
+            if (live && row + e < args.parts[0].rows)
+                values[e] = row_gated(finish_leg(args, args.parts[0], row + e, column, from[e]),
+                                      finish_leg(args, args.parts[1], row + e, column, from[second + e]));
+        }
+        activation_store8(args.gated, args.gated_row + column, row, values, live);
+    }
+}
+
+// --- the kernel ---
+
+template <int L, int NT, bool MANY, int LEGS>
 __global__ void __launch_bounds__(wide_block<MANY>::MOST_WARPS * 32, 1)
     product_wide_kernel(const __grid_constant__ struct product_args args, struct wide_shape shape)
 {
@@ -338,52 +445,58 @@ __global__ void __launch_bounds__(wide_block<MANY>::MOST_WARPS * 32, 1)
     __shared__ __align__(8) barrier_t filled[WIDE_STAGES], drained[WIDE_STAGES];
     unsigned char *ring = ring_of();
     uint32_t warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-    struct wide_place place = place_of(args, shape);
-    uint32_t begin = product_chunk_begin(args, place.chunk);
-    uint32_t blocks = product_chunk_begin(args, place.chunk + 1) - begin;
+    struct wide_place place = place_of<LEGS>(args, shape);
+    uint32_t begin = LEGS == 2 ? 0 : product_chunk_begin(args, place.chunk);
+    uint32_t blocks = LEGS == 2 ? args.k_blocks : product_chunk_begin(args, place.chunk + 1) - begin;
     uint32_t ahead = min(blocks, shape.stages); // K blocks whose copies have begun
-    fill_ring<L, NT, MANY>(args, shape, place, begin, ahead, filled, drained);
+    uint32_t run = 1;                           // of the legs, the one that follows
+    fill_ring<L, NT, MANY, LEGS>(args, shape, place, begin, ahead, filled, drained);
     float acc[TILES][NT][4] = {};
     for (uint32_t k = 0, stage = 0, parity = 0; k < blocks; k++) {
         const unsigned char *columns = ring + stage * shape.stage_bytes;
         if (warp == 0 && k > 0 && ahead < blocks) { // the stage before is free, or soon
             uint32_t before = stage == 0 ? shape.stages - 1 : stage - 1;
-            refill<L, NT, MANY>(args, shape, place, begin + ahead++, before, stage == 0 ? parity ^ 1 : parity,
-                                filled, drained);
+            refill<L, NT, MANY, LEGS>(args, shape, place, begin + ahead++, before,
+                                      stage == 0 ? parity ^ 1 : parity, filled, drained);
         }
         __syncwarp();
+        if constexpr (LEGS == 2) {
+            if (run < args.chunks && k == product_chunk_begin(args, run))
+                keep_run<NT>(args, place, warp, lane, run++ == 1, acc);
+        }
         barrier_await(filled + stage, parity);
-        multiply_stage<L, NT, MANY>(args, place, columns, columns + shape.records_at, warp, lane, acc);
+        multiply_stage<L, NT, MANY, LEGS>(args, place, columns, columns + shape.records_at, warp, lane, acc);
         __syncwarp();
         if (lane == 0)
             barrier_arrive(drained + stage);
         if (++stage == shape.stages)
             stage = 0, parity ^= 1;
     }
-    if (args.chunks > 1)
-        reduce_cluster<NT, TILES>(args, place, acc);
+    if constexpr (LEGS == 2)
+        store_gated<NT>(args, place, warp, lane, acc);
     else
-        store_tiles<NT, TILES>(args, place, warp, lane, acc);
+        finish_runs<NT, TILES>(args, place, warp, lane, acc);
 }
 
 // --- launching ---
 
-static uint32_t blocks_of(const struct product_args &args, uint32_t tiles)
+// `legs`: matrices of which a block takes the same tiles; more than one: all runs of K.
+static uint32_t blocks_of(const struct product_args &args, uint32_t tiles, uint32_t legs)
 {
     uint32_t blocks = 0;
-    for (uint32_t p = 0; p < args.n_parts; p++)
-        blocks += (args.parts[p].tiles + tiles - 1) / tiles * args.chunks;
+    for (uint32_t p = 0; p < args.n_parts; p += legs)
+        blocks += (args.parts[p].tiles + tiles - 1) / tiles * (legs > 1 ? 1 : args.chunks);
     return blocks;
 }
 
 // Tiles a block: what makes the rounds over all places cost least, a block costing its tiles and about two
 // more. A block has whole turns of the four warps of a wgmma, which it need not fill. (With `mma`, 9 to 16
 // columns were seen to be the faster for whole fours of tiles, fewer columns for fuller rounds.)
-static uint32_t choose_tiles(const struct product_args &args, uint32_t places, uint32_t most)
+static uint32_t choose_tiles(const struct product_args &args, uint32_t places, uint32_t most, uint32_t legs)
 {
     uint32_t best = 4, best_cost = ~0u;
     for (uint32_t tiles = 4; tiles <= most; tiles += args.many || args.columns <= 8 ? 1 : 4) {
-        uint32_t cost = (blocks_of(args, tiles) + places - 1) / places * (tiles + 2);
+        uint32_t cost = (blocks_of(args, tiles, legs) + places - 1) / places * (legs * tiles + 2);
         if (cost <= best_cost) {
             best = tiles;
             best_cost = cost;
@@ -394,40 +507,42 @@ static uint32_t choose_tiles(const struct product_args &args, uint32_t places, u
 
 // How many blocks of this kernel the GPU holds at once: whole clusters, so fewer than SMs. Asked once for
 // each device and number of runs; 0 after a fault.
-template <int L, int NT, bool MANY>
-static uint32_t places_of(struct cuda_device *device, const struct product_args &args, size_t room)
+template <int L, int NT, bool MANY, int LEGS>
+static uint32_t places_of(struct cuda_device *device, uint32_t cluster, size_t room)
 {
     static uint32_t known[64][PRODUCT_CHUNKS + 1];
     static uint64_t allowed;
-    uint32_t *places = &known[device->index % 64][args.chunks];
-    void (*const kernel)(const struct product_args, struct wide_shape) = product_wide_kernel<L, NT, MANY>;
+    uint32_t *places = &known[device->index % 64][cluster];
+    void (*const kernel)(const struct product_args, struct wide_shape) =
+        product_wide_kernel<L, NT, MANY, LEGS>;
     if (*places > 0)
         return *places;
     cudaLaunchAttribute attributes[CUDA_LAUNCH_ATTRIBUTES] = {};
-    cudaLaunchConfig_t config = cuda_launch_config(device, args.chunks, wide_block<MANY>::MOST_WARPS * 32,
-                                                   room, args.chunks, attributes);
+    cudaLaunchConfig_t config =
+        cuda_launch_config(device, cluster, wide_block<MANY>::MOST_WARPS * 32, room, cluster, attributes);
     int clusters = 0;
     config.attrs = attributes + 1; // the clusters; overlap is nothing to ask about
     config.numAttrs = 1;
     if (!cuda_allow_shared(device, "wide product", kernel, room, &allowed) ||
         cuda_failed(device, cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), "wide product"))
         return 0;
-    *places = clusters > 0 ? (uint32_t)clusters * args.chunks : args.chunks;
+    *places = clusters > 0 ? (uint32_t)clusters * cluster : cluster;
     return *places;
 }
 
-template <int L, int NT, bool MANY>
+template <int L, int NT, bool MANY, int LEGS>
 static void launch(struct cuda_device *device, const struct product_args &args)
 {
-    constexpr uint32_t BYTES = record_form_of(L).bytes;
+    constexpr uint32_t BYTES = LEGS * record_form_of(L).bytes, MOST_TILES = WIDE_TILES / LEGS;
     size_t room = device->shared_limit - 1024, aligned = room - 1024;
     uint32_t columns = ((MANY ? 8 * NT : args.columns) * CUDA_BLOCK_BYTES + 127) / 128 * 128;
     uint32_t most = (uint32_t)((aligned / 2 - columns - 1024) / BYTES); // two stages at least
-    uint32_t places = places_of<L, NT, MANY>(device, args, room);
+    uint32_t cluster = LEGS == 2 ? 1 : args.chunks;
+    uint32_t places = places_of<L, NT, MANY, LEGS>(device, cluster, room);
     struct wide_shape shape = {};
     if (places == 0)
         return;
-    shape.tiles = choose_tiles(args, places, most < WIDE_TILES ? most : (uint32_t)WIDE_TILES);
+    shape.tiles = choose_tiles(args, places, most < MOST_TILES ? most : MOST_TILES, LEGS);
     shape.records_at = columns;
     shape.stage_bytes = (columns + shape.tiles * BYTES + 1023) / 1024 * 1024;
     shape.stages = (uint32_t)(aligned / shape.stage_bytes);
@@ -435,27 +550,31 @@ static void launch(struct cuda_device *device, const struct product_args &args)
     constexpr uint32_t TILES = wide_block<MANY>::TILES_A_WARP, MOST = wide_block<MANY>::MOST_WARPS;
     uint32_t warps = shape.tiles < MOST ? (shape.tiles + 3) / 4 * 4 : MOST;
     size_t rows = TILES * warps * CUDA_TILE_ROWS;
-    size_t sums = args.chunks > 1 ? 8 * NT * (rows + 4) * sizeof(float) : 0;
+    size_t sums = 8 * NT * (rows + 4) * sizeof(float);
     size_t shared = (size_t)shape.stages * shape.stage_bytes;
-    cuda_launch_clusters(device, "wide product", product_wide_kernel<L, NT, MANY>,
-                         blocks_of(args, shape.tiles), warps * 32, (sums > shared ? sums : shared) + 1024,
-                         args.chunks, args, shape);
+    cuda_launch_clusters(device, "wide product", product_wide_kernel<L, NT, MANY, LEGS>,
+                         blocks_of(args, shape.tiles, LEGS), warps * 32,
+                         (sums > shared ? sums : shared) + 1024, cluster, args, shape);
 }
 
 template <int L> static void launch_columns(struct cuda_device *device, const struct product_args &args)
 {
-    if (!args.many && args.columns <= 8)
-        launch<L, 1, false>(device, args);
+    if (args.gated.groups && args.columns <= 32)
+        launch<L, 4, true, 2>(device, args);
+    else if (args.gated.groups)
+        launch<L, 8, true, 2>(device, args);
+    else if (!args.many && args.columns <= 8)
+        launch<L, 1, false, 1>(device, args);
     else if (!args.many)
-        launch<L, 2, false>(device, args);
+        launch<L, 2, false, 1>(device, args);
     else if (args.columns <= 8)
-        launch<L, 1, true>(device, args);
+        launch<L, 1, true, 1>(device, args);
     else if (args.columns <= 16)
-        launch<L, 2, true>(device, args);
+        launch<L, 2, true, 1>(device, args);
     else if (args.columns <= 32)
-        launch<L, 4, true>(device, args);
+        launch<L, 4, true, 1>(device, args);
     else
-        launch<L, 8, true>(device, args);
+        launch<L, 8, true, 1>(device, args);
 }
 
 void product_wide(struct cuda_device *device, const struct product_args &args, int layout)

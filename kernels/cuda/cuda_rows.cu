@@ -158,13 +158,13 @@ __device__ __forceinline__ float gelu_tanh(float x)
     return 0.5f * x * (1.0f + tanhf(0.79788456080286535588f * (x + 0.044715f * x * x * x)));
 }
 
-// gate NULL: gelu of `up`, or up itself where `plain` is false too.
+// Rows from `first` on. gate NULL: gelu of `up`, or up itself where `plain` is false too.
 __global__ void activate_kernel(struct activation_view out, const float *gate, const float *up,
-                                uint32_t stride, uint32_t width, bool plain)
+                                uint32_t stride, uint32_t width, uint32_t first, bool plain)
 {
     cuda_release();
     cuda_wait();
-    uint32_t row = blockIdx.y, k = 8 * (blockIdx.x * blockDim.x + threadIdx.x);
+    uint32_t row = first + blockIdx.y, k = 8 * (blockIdx.x * blockDim.x + threadIdx.x);
     float values[8] = {}, gates[8];
     if (k < width)
         row_load8(up + (size_t)row * stride, k, width, values);
@@ -175,25 +175,31 @@ __global__ void activate_kernel(struct activation_view out, const float *gate, c
     activation_store8(out, row, k, values, k < width);
 }
 
-static void activate(struct device *base, struct activation *out, const float *gate, const float *up,
-                     uint32_t stride, uint32_t rows, bool plain)
+static void activate(struct cuda_device *device, struct activation *out, const float *gate, const float *up,
+                     uint32_t stride, uint32_t first, uint32_t rows, bool plain)
 {
     uint32_t threads = 128;
-    dim3 grid(((out->width + 7) / 8 + threads - 1) / threads, rows);
-    if (rows)
-        cuda_launch(cuda_device_of(base), "activate", activate_kernel, grid, threads, 0,
-                    activation_view_of(out), gate, up, stride, out->width, plain);
+    dim3 grid(((out->width + 7) / 8 + threads - 1) / threads, rows - first);
+    if (rows > first)
+        cuda_launch(device, "activate", activate_kernel, grid, threads, 0, activation_view_of(out), gate, up,
+                    stride, out->width, first, plain);
+}
+
+void cuda_ffn_activate_rows(struct cuda_device *device, struct activation *out, const float *gate,
+                            const float *up, uint32_t stride, uint32_t first, uint32_t rows)
+{
+    out->unit = CUDA_ACTIVATED_UNIT;
+    activate(device, out, gate, up, stride, first, rows, true);
 }
 
 extern "C" void cuda_ffn_activate(struct device *base, struct activation *out, const float *gate,
                                   const float *up, uint32_t stride, uint32_t rows)
 {
-    out->unit = CUDA_ACTIVATED_UNIT;
-    activate(base, out, gate, up, stride, rows, true);
+    cuda_ffn_activate_rows(cuda_device_of(base), out, gate, up, stride, 0, rows);
 }
 
 extern "C" void cuda_store(struct device *base, struct activation *out, const float *x, uint32_t rows)
 {
     out->unit = 1;
-    activate(base, out, NULL, x, out->width, rows, false);
+    activate(cuda_device_of(base), out, NULL, x, out->width, 0, rows, false);
 }

@@ -73,4 +73,8 @@ __device__ __forceinline__ float row_gated(float gate, float up)
     return row_silu(gate) * up;
 }
 
+// The op ffn_activate for rows [first, rows).
+void cuda_ffn_activate_rows(struct cuda_device *device, struct activation *out, const float *gate,
+                            const float *up, uint32_t stride, uint32_t first, uint32_t rows);
+
 #endif

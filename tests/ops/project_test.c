@@ -64,28 +64,36 @@ static void pick_types(uint32_t *types, uint32_t count)
         types[i] = mix < 3 ? MIXES[mix][pick(2)] : any[pick(2)];
 }
 
-static void open_stage(struct stage *s, uint64_t *random, uint32_t n_parts, const uint32_t *rows)
+// Of `rows` of x; matrices of `part_rows` and `types`.
+static void open_stage(struct stage *s, uint64_t *random, uint32_t rows, uint32_t width, uint32_t n_parts,
+                       const uint32_t *part_rows, const uint32_t *types)
 {
-    uint32_t types[3];
     s->device = fixture_open(fixture_best_level(), 2);
     s->ops = device_ops(s->device);
     s->random = random;
     s->n_parts = n_parts;
-    s->width = 256 * (1 + pick(6));
-    s->rows = pick(4) ? 1 + pick(10) : 1 + pick(MOST_ROWS);
-    s->generated = pick(4) ? s->rows : pick(s->rows + 1);
+    s->width = width;
+    s->rows = rows;
+    s->generated = pick(4) ? rows : pick(rows + 1);
     s->kind = pick(4) ? NORM_RMS : NORM_LAYER;
     s->x = put_normals(s, (size_t)s->rows * s->width, 1);
     s->norm = put_normals(s, s->width, 1);
     s->norm_bias = s->kind == NORM_LAYER ? put_normals(s, s->width, 1) : NULL;
-    pick_types(types, n_parts);
     for (uint32_t p = 0; p < n_parts; p++) {
-        put_weight(s, &s->weights[p], types[p], rows[p]);
-        s->biases[p] = maybe() ? put_normals(s, rows[p], 1) : NULL;
-        s->stride += rows[p];
+        put_weight(s, &s->weights[p], types[p], part_rows[p]);
+        s->biases[p] = maybe() ? put_normals(s, part_rows[p], 1) : NULL;
+        s->stride += part_rows[p];
     }
     for (int way = 0; way < 2; way++)
         s->out[way] = fixture_put(s->device, NULL, (size_t)s->rows * s->stride * sizeof(float));
+}
+
+// Of any size that is quickly done.
+static void open_small_stage(struct stage *s, uint64_t *random, uint32_t n_parts, const uint32_t *part_rows)
+{
+    uint32_t types[3], width = 256 * (1 + pick(6));
+    pick_types(types, n_parts);
+    open_stage(s, random, pick(4) ? 1 + pick(10) : 1 + pick(MOST_ROWS), width, n_parts, part_rows, types);
 }
 
 static void close_stage(struct stage *s)
@@ -125,12 +133,16 @@ static void parts_of(const struct stage *s, struct matmul_part *parts, int way)
     }
 }
 
-// The norm and the products, apart.
-static void multiply_apart(const struct stage *s, struct activation *x, const struct matmul_part *parts)
+// The norm and the products, apart; those of a gate one by one.
+static void multiply_apart(const struct stage *s, struct activation *x, const struct matmul_part *parts,
+                           bool gated)
 {
     struct row_norm norm = norm_of(s);
     s->ops->norm(s->device, x, norm.x, NULL, s->rows, norm.kind, norm.weight, norm.bias, norm.epsilon);
-    s->ops->matmul(s->device, x, s->rows, parts, s->n_parts);
+    for (uint32_t p = 0; gated && p < s->n_parts; p++)
+        s->ops->matmul(s->device, x, s->rows, &parts[p], 1);
+    if (!gated)
+        s->ops->matmul(s->device, x, s->rows, parts, s->n_parts);
 }
 
 // `bytes` of both results, the second of which is expected.
@@ -150,6 +162,36 @@ static void expect_same(const struct stage *s, const char *what, const void *got
     free(b);
 }
 
+// project as one, and in parts.
+static void expect_its_parts(struct stage *s, bool gated)
+{
+    uint32_t n_parts = s->n_parts, rows = s->weights[0].rows;
+    struct matmul_part parts[2];
+    struct activation x[2], inner[2];
+    unsigned forms = s->ops->matrix_forms(s->device, TENSOR_Q4_K);
+    for (int way = 0; way < 2; way++) {
+        x[way] = fixture_activation(s->device, s->width, s->rows, forms_of(s), s->generated);
+        inner[way] = fixture_activation(s->device, rows, s->rows, forms, s->generated);
+    }
+    struct row_norm norm = norm_of(s);
+    parts_of(s, parts, 0);
+    s->ops->project(s->device, &x[0], s->rows, &norm, parts, n_parts, gated ? &inner[0] : NULL);
+    parts_of(s, parts, 1);
+    multiply_apart(s, &x[1], parts, gated);
+    if (gated) {
+        s->ops->ffn_activate(s->device, &inner[1], parts[0].out, parts[1].out, s->stride, s->rows);
+        ck_assert(inner[0].unit == inner[1].unit);
+        expect_same(s, "activations", inner[0].data, inner[1].data,
+                    s->ops->activation_bytes(s->device, rows, s->rows, forms));
+    } else {
+        expect_same(s, "products", s->out[0], s->out[1], (size_t)s->rows * s->stride * sizeof(float));
+    }
+    for (int way = 0; way < 2; way++) {
+        fixture_drop(s->device, x[way].data);
+        fixture_drop(s->device, inner[way].data);
+    }
+}
+
 START_TEST(test_project_is_its_parts)
 {
     uint64_t random = random_seed("test_project_is_its_parts") + (uint64_t)_i;
@@ -158,31 +200,23 @@ START_TEST(test_project_is_its_parts)
     uint32_t rows[2] = {1 + pick(400), 1 + pick(200)}, n_parts = 1 + pick(2);
     bool gated = n_parts == 2 && maybe();
     rows[1] = gated ? rows[0] : rows[1];
-    open_stage(&s, &random, n_parts, rows);
-    struct matmul_part parts[2];
-    struct activation x[2], inner[2];
-    unsigned forms = s.ops->matrix_forms(s.device, TENSOR_Q4_K);
-    for (int way = 0; way < 2; way++) {
-        x[way] = fixture_activation(s.device, s.width, s.rows, forms_of(&s), s.generated);
-        inner[way] = fixture_activation(s.device, rows[0], s.rows, forms, s.generated);
-    }
-    struct row_norm norm = norm_of(&s);
-    parts_of(&s, parts, 0);
-    s.ops->project(s.device, &x[0], s.rows, &norm, parts, n_parts, gated ? &inner[0] : NULL);
-    parts_of(&s, parts, 1);
-    multiply_apart(&s, &x[1], parts);
-    if (gated) {
-        s.ops->ffn_activate(s.device, &inner[1], parts[0].out, parts[1].out, s.stride, s.rows);
-        ck_assert(inner[0].unit == inner[1].unit);
-        expect_same(&s, "activations", inner[0].data, inner[1].data,
-                    s.ops->activation_bytes(s.device, rows[0], s.rows, forms));
-    } else {
-        expect_same(&s, "products", s.out[0], s.out[1], (size_t)s.rows * s.stride * sizeof(float));
-    }
-    for (int way = 0; way < 2; way++) {
-        fixture_drop(s.device, x[way].data);
-        fixture_drop(s.device, inner[way].data);
-    }
+    open_small_stage(&s, &random, n_parts, rows);
+    expect_its_parts(&s, gated);
+    close_stage(&s);
+}
+END_TEST
+
+// So many tiles and rows that a GPU's backend may make product and gate one kernel; both of one type.
+START_TEST(test_wide_gate_is_its_parts)
+{
+    uint64_t random = random_seed("test_wide_gate_is_its_parts") + (uint64_t)_i;
+    fixture_state = random;
+    struct stage s = {0};
+    uint32_t width = 256u << pick(fixture_is_slow() ? 3 : 5), rows[2], types[2];
+    rows[0] = rows[1] = 4300 + pick(600);
+    types[0] = types[1] = WEIGHT_TYPES[pick((uint32_t)N_WEIGHT_TYPES)];
+    open_stage(&s, &random, 17 + pick(MOST_ROWS - 17), width, 2, rows, types);
+    expect_its_parts(&s, true);
     close_stage(&s);
 }
 END_TEST
@@ -263,7 +297,7 @@ START_TEST(test_project_qkv_is_its_parts)
     uint32_t q_width = shape.n_heads * shape.head_size, k_width = shape.n_kv_heads * shape.head_size;
     uint32_t separate[3] = {q_width, k_width, k_width}, fused[1] = {q_width + 2 * k_width};
     bool one = pick(3) == 0;
-    open_stage(&s, &random, one ? 1 : 3, one ? fused : separate);
+    open_small_stage(&s, &random, one ? 1 : 3, one ? fused : separate);
     struct batch batch = put_batch(&s);
     struct qkv_args qkv = put_heads(&s, &shape);
     size_t page_bytes = s.ops->kv_page_bytes(s.device, shape.n_kv_heads, shape.head_size);
@@ -281,7 +315,7 @@ START_TEST(test_project_qkv_is_its_parts)
         if (way == 0) {
             s.ops->project_qkv(s.device, &x[0], &norm, parts, s.n_parts, &qkv, &shape, &kv[0], &batch);
         } else {
-            multiply_apart(&s, &x[1], parts);
+            multiply_apart(&s, &x[1], parts, false);
             s.ops->attn_prepare(s.device, &qkv, &shape, &kv[1], &batch);
         }
     }
@@ -308,6 +342,7 @@ Suite *make_suite(void)
     int rounds = fixture_is_slow() ? 10 : 60;
     tcase_set_timeout(tests, 120);
     tcase_add_loop_test(tests, test_project_is_its_parts, 0, rounds);
+    tcase_add_loop_test(tests, test_wide_gate_is_its_parts, 0, fixture_is_slow() ? 3 : 30);
     tcase_add_loop_test(tests, test_project_qkv_is_its_parts, 0, rounds);
     suite_add_tcase(suite, tests);
     return suite;
