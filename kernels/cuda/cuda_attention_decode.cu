@@ -41,7 +41,7 @@ __device__ __forceinline__ uint32_t split_begin(uint32_t split)
 }
 
 template <uint32_t WIDTH, int QUERY_TILES> struct decode_shape {
-    static constexpr int STEP = WIDTH <= 128 ? 128 : 64; // positions
+    static constexpr int STEP = 64; // positions
     static constexpr int SHARE = STEP / DECODE_WARPS;    // of them a warp's: a part of one page
     static constexpr int PARTS = WIDTH / 32;             // of 32 dimensions
     static constexpr int OWN_PARTS = (PARTS + DECODE_WARPS - 1) / DECODE_WARPS; // at most, a warp
