@@ -41,9 +41,9 @@ __device__ __forceinline__ uint32_t split_begin(uint32_t split)
 }
 
 template <uint32_t WIDTH, int QUERY_TILES> struct decode_shape {
-    static constexpr int STEP = 64; // positions
-    static constexpr int SHARE = STEP / DECODE_WARPS;    // of them a warp's: a part of one page
-    static constexpr int PARTS = WIDTH / 32;             // of 32 dimensions
+    static constexpr int STEP = 64;                   // positions
+    static constexpr int SHARE = STEP / DECODE_WARPS; // of them a warp's: a part of one page
+    static constexpr int PARTS = WIDTH / 32;          // of 32 dimensions
     static constexpr int OWN_PARTS = (PARTS + DECODE_WARPS - 1) / DECODE_WARPS; // at most, a warp
     static constexpr int CHUNKS = WIDTH / 8;                                    // of 16 bytes, a row of K
     static constexpr int SHARE_CHUNKS = SHARE * CHUNKS;                         // of a warp's K, or V

@@ -126,15 +126,14 @@ static void multiply_wide(struct cuda_device *device, const struct activation *x
     }
 }
 
-// silu(parts[0]) parts[1] of all rows, a kernel for each 64. False where that would not be the faster, or
-// cannot be: few rows, two layouts, or tiles for less than half of the GPU (clusters share those).
+// silu(parts[0]) parts[1] of all rows, a kernel for each 64. False where that cannot be: few rows, two
+// layouts, or so few tiles that K is cut into runs, which clusters share.
 static bool multiply_gated(struct cuda_device *device, const struct activation *x, uint32_t rows,
                            const struct matmul_part *parts, struct activation *gated, uint32_t chunks)
 {
-    enum { FEWEST_TILES = 4 }; // a block
     int layout, other;
     if (!activation_view_of(x).many || !two_layouts(parts, 2, &layout, &other) || layout != other ||
-        2 * tiles_of(parts[0].weight) < FEWEST_TILES * (uint32_t)device->sms)
+        chunks > 1)
         return false;
     gated->unit = CUDA_ACTIVATED_UNIT;
     for (uint32_t first = 0; first < rows; first += CUDA_GROUP_ROWS) {
@@ -160,12 +159,11 @@ static void multiply_generated(struct cuda_device *device, const struct activati
     }
 }
 
-// Runs of K: by all tiles of the product; of a gated one, by those of one matrix, which its tiles share.
-static uint32_t chunks_of(const struct activation *x, const struct matmul_part *parts, uint32_t n_parts,
-                          bool gated)
+// Runs of K: by all tiles of the product.
+static uint32_t chunks_of(const struct activation *x, const struct matmul_part *parts, uint32_t n_parts)
 {
     uint32_t tiles = 0;
-    for (uint32_t p = 0; p < (gated ? 1 : n_parts); p++)
+    for (uint32_t p = 0; p < n_parts; p++)
         tiles += tiles_of(parts[p].weight);
     return choose_chunks(tiles, cuda_padded_width(x->width) / CUDA_K_BLOCK);
 }
@@ -189,7 +187,7 @@ static void multiply(struct cuda_device *device, const struct activation *x, uin
 extern "C" void cuda_matmul(struct device *base, const struct activation *x, uint32_t rows,
                             const struct matmul_part *parts, uint32_t n_parts)
 {
-    multiply(cuda_device_of(base), x, rows, parts, n_parts, NULL, chunks_of(x, parts, n_parts, false));
+    multiply(cuda_device_of(base), x, rows, parts, n_parts, NULL, chunks_of(x, parts, n_parts));
 }
 
 // What a product does together with its surroundings, where its rows are few; false where it did less than
@@ -213,7 +211,7 @@ extern "C" void cuda_project(struct device *base, struct activation *x, uint32_t
                              struct activation *gated)
 {
     struct cuda_device *device = cuda_device_of(base);
-    uint32_t chunks = chunks_of(x, parts, n_parts, gated != NULL);
+    uint32_t chunks = chunks_of(x, parts, n_parts);
     if (project_few(device, x, rows, parts, n_parts, {norm, gated, NULL}, chunks))
         return;
     multiply(device, x, rows, parts, n_parts, gated, chunks);
@@ -247,7 +245,7 @@ extern "C" void cuda_project_qkv(struct device *base, struct activation *x, cons
                                  const struct kv_layer *kv, const struct batch *batch)
 {
     struct cuda_device *device = cuda_device_of(base);
-    uint32_t rows = batch->n_tokens, chunks = chunks_of(x, parts, n_parts, false);
+    uint32_t rows = batch->n_tokens, chunks = chunks_of(x, parts, n_parts);
     struct product_heads heads;
     if (!heads_of(&heads, qkv, shape, kv, batch)) {
         kernel_project_qkv(base, x, norm, parts, n_parts, qkv, shape, kv, batch);

@@ -48,14 +48,6 @@ template <int PENDING> __device__ __forceinline__ void copy_async_wait()
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// x, about which the compiler knows nothing any more: what is computed from it is computed here, and not made
-// before a loop and kept in registers.
-__device__ __forceinline__ uint32_t opaque(uint32_t x)
-{
-    asm volatile("" : "+r"(x));
-    return x;
-}
-
 // --- pairs of halves held in words ---
 
 __device__ __forceinline__ unsigned pair_multiply(unsigned a, unsigned b)

@@ -123,7 +123,7 @@ __device__ __forceinline__ void product_store(const struct product_args &args,
 // The parts' layouts, `layout` for 0 and `other` for 1. False: these columns, shapes or layouts are not for
 // it.
 bool product_small(struct cuda_device *device, const struct product_args &args, int layout, int other);
-// One layout; no norm; gated only where the activations lie for many rows.
+// One layout; no norm; gated only where the activations lie for many rows and K is one run.
 void product_wide(struct cuda_device *device, const struct product_args &args, int layout);
 
 #endif

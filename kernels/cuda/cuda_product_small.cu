@@ -2,9 +2,9 @@
 //
 // A warp takes one run of K of one tile of 16 rows and streams its records through a ring of its own in
 // shared memory, filled by bulk copies that run ahead, the first of them started before the kernel's
-// predecessor has finished (weights depend on nobody). It multiplies two records at a time, so that products
-// need not wait for one another: two K blocks of its tile, or, for gated products (silu(gate) up), the same K
-// block of a tile of both matrices, whose result is the next product's activation.
+// predecessor has finished (weights depend on nobody). It multiplies the records of two K blocks at a time,
+// so that products need not wait for one another. Of a gated product (two legs: silu(gate) up) neighbouring
+// warps take the same tile of both matrices, and what comes of it is the next product's activation.
 //
 // Activations of all columns lie in shared memory whole: copied there, or made there from the residual, with
 // the same arithmetic as the op norm, which saves a kernel and its wait. Where a tile has several runs their
@@ -27,6 +27,7 @@ struct small_shape {
     uint32_t tiles_a_pass, tiles_a_block;
     uint32_t more_tiles;   // a block has tiles_a_block, the first more_tiles one more
     uint32_t column_shift; // columns <= 1 << column_shift
+    uint32_t leg_shift;    // 1: a gated product, tiles are of both matrices; else 0
 };
 
 template <int A, int B> __device__ __forceinline__ uint32_t layout_bytes(uint32_t layout)
@@ -41,67 +42,67 @@ __device__ __forceinline__ uint32_t tile_of_pass(const struct product_args &args
     return blockIdx.x + (pass * shape.tiles_a_pass + in_pass) * gridDim.x;
 }
 
-// The part of leg `leg` of a tile. Legs are what a warp multiplies side by side: of a gated product the two
-// matrices, else there is one.
-template <int LEGS>
-__device__ __forceinline__ const struct product_part &part_of_leg(const struct product_args &args,
-                                                                  uint32_t tile, uint32_t leg)
+// What a warp works on: a run of K of a tile of one leg.
+struct warp_task {
+    uint32_t chunk, leg, in_pass; // the tile, of those of a pass
+};
+
+__device__ __forceinline__ struct warp_task task_of(const struct product_args &args,
+                                                    const struct small_shape &shape, uint32_t warp)
 {
-    return LEGS == 2 ? args.parts[leg] : product_part_of(args, tile);
+    uint32_t unit = warp >> args.chunk_shift;
+    return {warp & (args.chunks - 1), unit & shape.leg_shift, unit >> shape.leg_shift};
+}
+
+__device__ __forceinline__ const struct product_part &
+part_of_leg(const struct product_args &args, const struct small_shape &shape, uint32_t tile, uint32_t leg)
+{
+    return shape.leg_shift ? args.parts[leg] : product_part_of(args, tile);
 }
 
 // The records of a warp, in order: its run of K of one tile a pass.
-template <int LEGS> struct record_walk {
+struct record_walk {
     uint32_t pass, left; // K blocks left of the pass's tile; none: there is nothing more
-    const unsigned char *at[LEGS];
-    uint32_t step[LEGS], bytes[LEGS]; // to the next K block's record; of a record
+    const unsigned char *at;
+    uint32_t step, bytes; // to the next K block's record; of a record
 };
 
-template <int A, int B, int LEGS>
-__device__ __forceinline__ void walk_enter(struct record_walk<LEGS> &walk, const struct product_args &args,
-                                           const struct small_shape &shape, uint32_t warp)
+template <int A, int B>
+__device__ __forceinline__ void walk_enter(struct record_walk &walk, const struct product_args &args,
+                                           const struct small_shape &shape, const struct warp_task &task)
 {
-    uint32_t chunk = warp & (args.chunks - 1), begin = product_chunk_begin(args, chunk);
-    uint32_t tile = tile_of_pass(args, shape, walk.pass, warp >> args.chunk_shift);
+    uint32_t begin = product_chunk_begin(args, task.chunk);
+    uint32_t tile = tile_of_pass(args, shape, walk.pass, task.in_pass);
     walk.left = 0;
     if (tile >= args.tiles)
         return;
-    walk.left = product_chunk_begin(args, chunk + 1) - begin;
-#pragma unroll
-    for (int leg = 0; leg < LEGS; leg++) {
-        const struct product_part &part = part_of_leg<LEGS>(args, tile, leg);
-        uint32_t in_part = LEGS == 2 ? tile : tile - part.first_tile;
-        uint32_t panel = in_part / PANEL_TILES, others = part.tiles - panel * PANEL_TILES;
-        walk.bytes[leg] = layout_bytes<A, B>(part.layout);
-        walk.step[leg] = (others < PANEL_TILES ? others : PANEL_TILES) * walk.bytes[leg];
-        walk.at[leg] =
-            part.records + record_index(in_part, begin, part.tiles, args.k_blocks) * walk.bytes[leg];
-    }
+    walk.left = product_chunk_begin(args, task.chunk + 1) - begin;
+    const struct product_part &part = part_of_leg(args, shape, tile, task.leg);
+    uint32_t in_part = shape.leg_shift ? tile : tile - part.first_tile;
+    uint32_t panel = in_part / PANEL_TILES, others = part.tiles - panel * PANEL_TILES;
+    walk.bytes = layout_bytes<A, B>(part.layout);
+    walk.step = (others < PANEL_TILES ? others : PANEL_TILES) * walk.bytes;
+    walk.at = part.records + record_index(in_part, begin, part.tiles, args.k_blocks) * walk.bytes;
 }
 
 // Starts the copies of the next one or two records to a slot, whose barrier `filled` is, and goes on.
-template <int A, int B, int LEGS>
-__device__ __forceinline__ void walk_copy(struct record_walk<LEGS> &walk, const struct product_args &args,
-                                          const struct small_shape &shape, uint32_t warp, uint32_t lane,
-                                          unsigned char *slot, barrier_t *filled)
+template <int A, int B>
+__device__ __forceinline__ void walk_copy(struct record_walk &walk, const struct product_args &args,
+                                          const struct small_shape &shape, const struct warp_task &task,
+                                          uint32_t lane, unsigned char *slot, barrier_t *filled)
 {
-    bool two = LEGS == 2 || walk.left >= 2;
-    uint32_t second = walk.bytes[LEGS - 1];
+    uint32_t blocks = walk.left >= 2 ? 2 : 1;
     if (lane == 0) {
-        barrier_expect(filled, walk.bytes[0] + (two ? second : 0));
-        copy_bulk(slot, walk.at[0], walk.bytes[0], filled, CACHE_FIRST_OUT);
-        if (two)
-            copy_bulk(slot + shape.record_bytes, LEGS == 2 ? walk.at[LEGS - 1] : walk.at[0] + walk.step[0],
-                      second, filled, CACHE_FIRST_OUT);
+        barrier_expect(filled, blocks * walk.bytes);
+        copy_bulk(slot, walk.at, walk.bytes, filled, CACHE_FIRST_OUT);
+        if (blocks == 2)
+            copy_bulk(slot + shape.record_bytes, walk.at + walk.step, walk.bytes, filled, CACHE_FIRST_OUT);
     }
-    uint32_t blocks = LEGS == 1 && two ? 2 : 1;
-#pragma unroll
-    for (int leg = 0; leg < LEGS; leg++)
-        walk.at[leg] += blocks * walk.step[leg];
+    walk.at += blocks * walk.step;
     walk.left -= blocks;
     if (walk.left == 0) {
         walk.pass++;
-        walk_enter<A, B, LEGS>(walk, args, shape, warp);
+        walk_enter<A, B>(walk, args, shape, task);
     }
 }
 
@@ -207,13 +208,14 @@ __device__ __forceinline__ void norm_columns(const struct product_args &args, st
 
 // --- sums of a pass, and what becomes of them ---
 
-// [tile of the pass][chunk][leg][column][row]
-template <int LEGS>
-__device__ __forceinline__ float sum_runs(const struct product_args &args, const float *sums, uint32_t slot,
-                                          uint32_t leg, uint32_t column, uint32_t row)
+// [tile of the pass][leg][chunk][column][row]
+__device__ __forceinline__ float sum_runs(const struct product_args &args, const struct small_shape &shape,
+                                          const float *sums, uint32_t slot, uint32_t leg, uint32_t column,
+                                          uint32_t row)
 {
-    uint32_t step = LEGS * args.columns * 16;
-    const float *from = sums + (slot << args.chunk_shift) * step + (leg * args.columns + column) * 16 + row;
+    uint32_t step = args.columns * 16;
+    const float *from =
+        sums + (((slot << shape.leg_shift) + leg) << args.chunk_shift) * step + column * 16 + row;
     float sum = from[0];
     for (uint32_t c = 1; c < args.chunks; c++)
         sum += from[c * step];
@@ -226,7 +228,6 @@ struct pass_element {
     bool live;
 };
 
-template <int LEGS>
 __device__ __forceinline__ struct pass_element
 pass_element_of(const struct product_args &args, const struct small_shape &shape, uint32_t pass, uint32_t i)
 {
@@ -237,8 +238,8 @@ pass_element_of(const struct product_args &args, const struct small_shape &shape
     e.row = 0;
     e.live = e.slot < shape.tiles_a_pass && e.tile < args.tiles && e.column < args.columns;
     if (e.live) {
-        const struct product_part &part = part_of_leg<LEGS>(args, e.tile, 0);
-        e.row = (LEGS == 2 ? e.tile : e.tile - part.first_tile) * CUDA_TILE_ROWS + i % 16;
+        const struct product_part &part = part_of_leg(args, shape, e.tile, 0);
+        e.row = (shape.leg_shift ? e.tile : e.tile - part.first_tile) * CUDA_TILE_ROWS + i % 16;
         e.live = e.row < part.rows;
     }
     return e;
@@ -275,29 +276,29 @@ struct head_end {
 
 // What the thread's first element of a pass will be finished with, read while the products are made. In two
 // parts: what is known before the predecessor has ended, and what it may have written.
-template <int LEGS> struct pass_end {
+struct pass_end {
     struct pass_element element;
-    struct product_end of_leg[LEGS];
+    struct product_end of_leg[2];
     struct head_end head;
 
     __device__ __forceinline__ void begin(const struct product_args &args, const struct small_shape &shape,
                                           uint32_t pass, uint32_t i)
     {
-        element = pass_element_of<LEGS>(args, shape, pass, i);
-#pragma unroll
-        for (int leg = 0; leg < LEGS; leg++)
-            of_leg[leg] = element.live
-                              ? product_end_of(part_of_leg<LEGS>(args, element.tile, leg), element.row)
-                              : product_end{};
-        if (LEGS == 1 && args.heads.pages && element.live)
+        element = pass_element_of(args, shape, pass, i);
+        of_leg[0] = of_leg[1] = {};
+        if (element.live)
+            of_leg[0] = product_end_of(part_of_leg(args, shape, element.tile, 0), element.row);
+        if (element.live && shape.leg_shift)
+            of_leg[1] = product_end_of(args.parts[1], element.row);
+        if (args.heads.pages && element.live)
             head.begin(args.heads, element.tile * CUDA_TILE_ROWS + i % 16, element.column);
     }
 
-    __device__ __forceinline__ void read_old(const struct product_args &args)
+    __device__ __forceinline__ void read_old(const struct product_args &args, const struct small_shape &shape)
     {
-        if (LEGS == 2 || !element.live)
+        if (shape.leg_shift || !element.live)
             return;
-        const struct product_part &part = part_of_leg<LEGS>(args, element.tile, 0);
+        const struct product_part &part = product_part_of(args, element.tile);
         if (part.accumulate)
             of_leg[0].old = *product_place(part, element.row, element.column);
     }
@@ -305,25 +306,25 @@ template <int LEGS> struct pass_end {
 
 // Adds up the runs of one element and stores it. By whole warps: the sum of 16 rows is part of what is left
 // for the next product.
-template <int LEGS>
-__device__ __forceinline__ void finish_element(const struct product_args &args, const float *sums,
-                                               const struct pass_end<LEGS> &end)
+__device__ __forceinline__ void finish_element(const struct product_args &args,
+                                               const struct small_shape &shape, const float *sums,
+                                               const struct pass_end &end)
 {
     const struct pass_element &e = end.element;
-    float values[LEGS] = {};
-#pragma unroll
-    for (int leg = 0; leg < LEGS; leg++) {
+    uint32_t in_tile = e.row % CUDA_TILE_ROWS;
+    float value = 0;
+    if (e.live)
+        value = product_finish(args, part_of_leg(args, shape, e.tile, 0), end.of_leg[0],
+                               sum_runs(args, shape, sums, e.slot, 0, e.column, in_tile));
+    if (shape.leg_shift) {
         if (e.live)
-            values[leg] =
-                product_finish(args, part_of_leg<LEGS>(args, e.tile, leg), end.of_leg[leg],
-                               sum_runs<LEGS>(args, sums, e.slot, leg, e.column, e.row % CUDA_TILE_ROWS));
-    }
-    if (LEGS == 2) {
-        activation_store1(args.gated, e.column, e.tile * CUDA_TILE_ROWS + threadIdx.x % CUDA_TILE_ROWS,
-                          e.live ? row_gated(values[0], values[LEGS - 1]) : 0, e.live);
+            value =
+                row_gated(value, product_finish(args, args.parts[1], end.of_leg[1],
+                                                sum_runs(args, shape, sums, e.slot, 1, e.column, in_tile)));
+        activation_store1(args.gated, e.column, e.tile * CUDA_TILE_ROWS + threadIdx.x % CUDA_TILE_ROWS, value,
+                          e.live);
         return;
     }
-    float value = values[0];
     if (args.heads.pages) { // rows 2 i and 2 i + 1 are in neighbouring lanes
         float other = __shfl_xor_sync(~0u, value, 1);
         if (e.live && end.head.turns)
@@ -335,85 +336,68 @@ __device__ __forceinline__ void finish_element(const struct product_args &args, 
         }
     }
     if (e.live) {
-        const struct product_part &part = part_of_leg<LEGS>(args, e.tile, 0);
+        const struct product_part &part = product_part_of(args, e.tile);
         float *out = product_place(part, e.row, e.column);
         *out = product_onto(part, end.of_leg[0].old, value);
     }
 }
 
 // All elements of a pass, the thread's first with what was read for it. By the whole block.
-template <int LEGS>
 __device__ __forceinline__ void finish_pass(const struct product_args &args, const struct small_shape &shape,
-                                            const float *sums, uint32_t pass, struct pass_end<LEGS> end)
+                                            const float *sums, uint32_t pass, struct pass_end end)
 {
     uint32_t n = shape.tiles_a_pass * 16 << shape.column_shift;
-    finish_element<LEGS>(args, sums, end);
+    finish_element(args, shape, sums, end);
     for (uint32_t first = blockDim.x; first < n; first += blockDim.x) {
         end.begin(args, shape, pass, first + threadIdx.x);
-        end.read_old(args);
-        finish_element<LEGS>(args, sums, end);
+        end.read_old(args, shape);
+        finish_element(args, shape, sums, end);
     }
 }
 
 // --- the products of a slot ---
 
-// acc[leg] += the products of one or two records of layout L (the second `apart` bytes behind the first) with
-// their K blocks, those of a leg from `x` on.
-template <int L, int LEGS>
+// acc += the products of one or two records of layout L (the second `apart` bytes behind the first) with
+// their K blocks, from `x` on.
+template <int L>
 __device__ __forceinline__ void multiply_slot(const unsigned char *records, uint32_t apart, bool two,
                                               const unsigned char *x, uint32_t columns, uint32_t lane,
-                                              float (*acc)[1][4])
+                                              float (*acc)[4])
 {
-    const unsigned char *second = LEGS == 2 ? x : x + columns * CUDA_BLOCK_BYTES;
-    if (LEGS == 2 || (record_form_of(L).integer_scales && two)) {
-        const unsigned char *both[2] = {records, records + apart}, *xs[2] = {x, second};
-        float(*accs[2])[4] = {acc[0], acc[LEGS - 1]};
-        record_multiply_two<L>(both, xs, columns, lane, accs);
-    } else {
-        record_multiply<L, 1>(records, x, columns, lane, acc[0]);
-        if (two)
-            record_multiply<L, 1>(records + apart, second, columns, lane, acc[0]);
+    const unsigned char *both[2] = {records, records + apart}, *xs[2] = {x, x + columns * CUDA_BLOCK_BYTES};
+    if constexpr (record_form_of(L).integer_scales) {
+        if (two) {
+            record_multiply_two<L>(both, xs, columns, lane, acc);
+            return;
+        }
     }
+    record_multiply<L, 1>(both[0], xs[0], columns, lane, acc);
+    if (two)
+        record_multiply<L, 1>(both[1], xs[1], columns, lane, acc);
 }
 
-template <int A, int B, int LEGS>
-__device__ __forceinline__ void
-multiply_layouts(uint32_t layout, uint32_t other_leg, const unsigned char *records, uint32_t apart, bool two,
-                 const unsigned char *x, uint32_t columns, uint32_t lane, float (*acc)[1][4])
-{
-    if (A == B || (layout == 0 && other_leg == 0)) {
-        multiply_slot<A, LEGS>(records, apart, two, x, columns, lane, acc);
-    } else if (LEGS == 1 || layout == other_leg) {
-        multiply_slot<B, LEGS>(records, apart, two, x, columns, lane, acc);
-    } else { // gate and up of different types
-        record_multiply<A, 1>(records + layout * apart, x, columns, lane, acc[layout]);
-        record_multiply<B, 1>(records + other_leg * apart, x, columns, lane, acc[other_leg]);
-    }
-}
-
-// A warp's sums, one for each of its lanes' elements, to [leg][column][row].
-template <int LEGS>
-__device__ __forceinline__ void leave_sums(const struct product_args &args, const float (*acc)[1][4],
-                                           float *to, uint32_t lane)
+// A warp's sums, one for each of its lanes' elements, to [column][row].
+__device__ __forceinline__ void leave_sums(const struct product_args &args, const float *acc, float *to,
+                                           uint32_t lane)
 {
 #pragma unroll
-    for (uint32_t i = 0; i < LEGS * 4; i++) {
+    for (uint32_t i = 0; i < 4; i++) {
         uint32_t column = 2 * (lane % 4) + i % 2;
         if (column < args.columns)
-            to[(i / 4 * args.columns + column) * 16 + lane / 4 + i % 4 / 2 * 8] = acc[i / 4][0][i % 4];
+            to[column * 16 + lane / 4 + i / 2 * 8] = acc[i];
     }
 }
 
 // --- the kernel ---
 
 // Makes a warp's barriers and begins with its copies.
-template <int A, int B, int LEGS>
-__device__ __forceinline__ void start_ring(struct record_walk<LEGS> &ahead, const struct product_args &args,
-                                           const struct small_shape &shape, uint32_t warp, uint32_t lane,
-                                           unsigned char *ring, barrier_t *ready)
+template <int A, int B>
+__device__ __forceinline__ void start_ring(struct record_walk &ahead, const struct product_args &args,
+                                           const struct small_shape &shape, const struct warp_task &task,
+                                           uint32_t lane, unsigned char *ring, barrier_t *ready)
 {
     ahead.pass = 0;
-    walk_enter<A, B, LEGS>(ahead, args, shape, warp);
+    walk_enter<A, B>(ahead, args, shape, task);
     if (lane == 0) {
         for (uint32_t i = 0; i < shape.slots; i++)
             barrier_init(ready + i, 1);
@@ -421,10 +405,10 @@ __device__ __forceinline__ void start_ring(struct record_walk<LEGS> &ahead, cons
     }
     __syncwarp();
     for (uint32_t i = 0; i < shape.slots && ahead.left > 0; i++)
-        walk_copy<A, B, LEGS>(ahead, args, shape, warp, lane, ring + i * 2 * shape.record_bytes, ready + i);
+        walk_copy<A, B>(ahead, args, shape, task, lane, ring + i * 2 * shape.record_bytes, ready + i);
 }
 
-template <int A, int B, int LEGS>
+template <int A, int B>
 __global__ void __launch_bounds__(MAX_WARPS * 32, 1)
     product_small_kernel(const __grid_constant__ struct product_args args, struct small_shape shape)
 {
@@ -435,21 +419,22 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, 1)
     unsigned char *ring = shared + (size_t)warp * slots * slot_bytes;
     unsigned char *x = shared + (size_t)warps * slots * slot_bytes;
     float *sums = (float *)(x + (size_t)args.k_blocks * args.columns * CUDA_BLOCK_BYTES);
-    uint32_t pass_sums = warps * LEGS * args.columns * 16, column_bytes = args.columns * CUDA_BLOCK_BYTES;
+    uint32_t pass_sums = warps * args.columns * 16, column_bytes = args.columns * CUDA_BLOCK_BYTES;
     barrier_t *ready = filled + warp * RING_SLOTS;
-    struct record_walk<LEGS> ahead;
+    struct warp_task task = task_of(args, shape, warp);
+    struct record_walk ahead;
     struct norm_piece kept[NORM_KEPT];
-    struct pass_end<LEGS> end;
+    struct pass_end end;
     if (threadIdx.x == 0)
         barrier_init(&columns_here, 1);
-    start_ring<A, B, LEGS>(ahead, args, shape, warp, lane, ring, ready);
+    start_ring<A, B>(ahead, args, shape, task, lane, ring, ready);
     end.begin(args, shape, 0, threadIdx.x);
     if (args.norm.x)
         norm_begin(args, kept);
     cuda_release();
     __syncthreads(); // columns_here is there for all
     cuda_wait();
-    end.read_old(args);
+    end.read_old(args, shape);
     if (args.norm.x) {
         norm_columns(args, kept, x, sums);
         __syncthreads();
@@ -457,35 +442,33 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, 1)
         load_columns(args, x, &columns_here, warp, lane);
         barrier_await(&columns_here, 0);
     }
-    uint32_t chunk = warp & (args.chunks - 1), begin = product_chunk_begin(args, chunk);
-    uint32_t run = product_chunk_begin(args, chunk + 1) - begin, slot = 0, parity = 0;
+    uint32_t begin = product_chunk_begin(args, task.chunk), slot = 0, parity = 0;
+    uint32_t run = product_chunk_begin(args, task.chunk + 1) - begin;
     uint32_t tiles_here = shape.tiles_a_block + (blockIdx.x < shape.more_tiles);
     for (uint32_t pass = 0; pass * shape.tiles_a_pass < tiles_here; pass++) {
-        float acc[LEGS][1][4] = {}, *turn = sums + (pass % 2) * pass_sums;
-        uint32_t tile = tile_of_pass(args, shape, pass, warp >> args.chunk_shift), layout = 0, other_leg = 0;
-        uint32_t n = tile < args.tiles ? run : 0;
-        if (A != B && n > 0) {
-            layout = part_of_leg<LEGS>(args, tile, 0).layout;
-            other_leg = part_of_leg<LEGS>(args, tile, 1).layout;
-        }
+        float acc[1][4] = {}, *turn = sums + (pass % 2) * pass_sums;
+        uint32_t tile = tile_of_pass(args, shape, pass, task.in_pass), n = tile < args.tiles ? run : 0;
+        uint32_t layout = A != B && n > 0 ? part_of_leg(args, shape, tile, task.leg).layout : 0;
         const unsigned char *columns = x + begin * column_bytes;
-        for (uint32_t k = 0; k < n; k += 3 - LEGS, columns += (3 - LEGS) * column_bytes) {
+        for (uint32_t k = 0; k < n; k += 2, columns += 2 * column_bytes) {
             unsigned char *records = ring + slot * slot_bytes;
             barrier_await(ready + slot, parity);
-            multiply_layouts<A, B, LEGS>(layout, other_leg, records, shape.record_bytes, k + 1 < n, columns,
-                                         args.columns, lane, acc);
+            if (A == B || layout == 0)
+                multiply_slot<A>(records, shape.record_bytes, k + 1 < n, columns, args.columns, lane, acc);
+            else
+                multiply_slot<B>(records, shape.record_bytes, k + 1 < n, columns, args.columns, lane, acc);
             __syncwarp();
             if (ahead.left > 0)
-                walk_copy<A, B, LEGS>(ahead, args, shape, warp, lane, records, ready + slot);
+                walk_copy<A, B>(ahead, args, shape, task, lane, records, ready + slot);
             if (++slot == slots)
                 slot = 0, parity ^= 1;
         }
-        leave_sums<LEGS>(args, acc, turn + warp * LEGS * args.columns * 16, lane);
+        leave_sums(args, acc[0], turn + warp * args.columns * 16, lane);
         __syncthreads();
-        finish_pass<LEGS>(args, shape, turn, pass, end);
+        finish_pass(args, shape, turn, pass, end);
         if ((pass + 1) * shape.tiles_a_pass < tiles_here) {
             end.begin(args, shape, pass + 1, threadIdx.x);
-            end.read_old(args);
+            end.read_old(args, shape);
         }
     }
 }
@@ -494,10 +477,10 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, 1)
 
 // Shared memory beside the rings: the columns, the sums of a pass and the next, and the squares of a norm in
 // their place.
-static size_t beside_rings(const struct product_args &args, uint32_t warps, uint32_t passes, int legs)
+static size_t beside_rings(const struct product_args &args, uint32_t warps, uint32_t passes)
 {
     size_t x = (size_t)args.k_blocks * args.columns * CUDA_BLOCK_BYTES;
-    size_t sums = (size_t)(passes > 1 ? 2 : 1) * warps * legs * args.columns * 16 * sizeof(float);
+    size_t sums = (size_t)(passes > 1 ? 2 : 1) * warps * args.columns * 16 * sizeof(float);
     size_t squares = args.norm.x ? args.k_blocks * args.columns * sizeof(float) : 0;
     return x + (sums > squares ? sums : squares);
 }
@@ -505,13 +488,13 @@ static size_t beside_rings(const struct product_args &args, uint32_t warps, uint
 // The fewest passes whose rings hold enough to be copied while the rest is multiplied: two slots each, or as
 // much as the memory's latency asks for. Fills in the shape and the shared memory; false when there are none.
 static bool choose_shape(struct small_shape *shape, const struct product_args &args, uint32_t blocks,
-                         int legs, size_t room, size_t *shared)
+                         size_t room, size_t *shared)
 {
     uint32_t tiles = (args.tiles + blocks - 1) / blocks, slot_bytes = 2 * shape->record_bytes;
     for (uint32_t passes = 1; passes <= tiles; passes++) {
         shape->tiles_a_pass = (tiles + passes - 1) / passes;
-        uint32_t warps = shape->tiles_a_pass * args.chunks;
-        size_t beside = beside_rings(args, warps, passes, legs);
+        uint32_t warps = shape->tiles_a_pass * args.chunks << shape->leg_shift;
+        size_t beside = beside_rings(args, warps, passes);
         size_t slots = beside < room ? (room - beside) / (warps * slot_bytes) : 0;
         if (warps > MAX_WARPS || slots == 0 || (slots == 1 && warps * slot_bytes < ENOUGH_BYTES))
             continue;
@@ -523,11 +506,11 @@ static bool choose_shape(struct small_shape *shape, const struct product_args &a
 }
 
 // False when the columns and the rings do not fit shared memory.
-template <int A, int B, int LEGS>
-static bool launch_legs(struct cuda_device *device, const struct product_args &args)
+template <int A, int B> static bool launch(struct cuda_device *device, const struct product_args &args)
 {
     uint32_t blocks = args.tiles < (uint32_t)device->sms ? args.tiles : (uint32_t)device->sms;
     struct small_shape shape = {};
+    shape.leg_shift = args.gated.groups ? 1 : 0;
     shape.tiles_a_block = args.tiles / blocks;
     shape.more_tiles = args.tiles % blocks;
     shape.record_bytes =
@@ -536,19 +519,14 @@ static bool launch_legs(struct cuda_device *device, const struct product_args &a
         shape.column_shift++;
     size_t room = device->shared_limit - MAX_WARPS * RING_SLOTS * sizeof(barrier_t) - 128; // for barriers
     size_t shared;
-    if (!choose_shape(&shape, args, blocks, LEGS, room, &shared))
+    if (!choose_shape(&shape, args, blocks, room, &shared))
         return false;
     static uint64_t allowed;
-    if (!cuda_allow_shared(device, "product", product_small_kernel<A, B, LEGS>, room, &allowed))
+    if (!cuda_allow_shared(device, "product", product_small_kernel<A, B>, room, &allowed))
         return true; // the fault is noted: another kernel would not mend it
-    cuda_launch(device, "product", product_small_kernel<A, B, LEGS>, blocks,
-                shape.tiles_a_pass * args.chunks * 32, shared, args, shape);
+    cuda_launch(device, "product", product_small_kernel<A, B>, blocks,
+                (shape.tiles_a_pass * args.chunks << shape.leg_shift) * 32, shared, args, shape);
     return true;
-}
-
-template <int A, int B> static bool launch(struct cuda_device *device, const struct product_args &args)
-{
-    return args.gated.groups ? launch_legs<A, B, 2>(device, args) : launch_legs<A, B, 1>(device, args);
 }
 
 template <int L> static bool launch_one(struct cuda_device *device, const struct product_args &args)

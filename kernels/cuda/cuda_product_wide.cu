@@ -14,9 +14,7 @@
 // besides: kernels/lab/cuda_decode.md.
 //
 // A gated product (two legs: silu(gate) up) is one kernel with what becomes of it: a warp's two tiles are the
-// same rows of both matrices, and their sums become the next product's activation. No cluster: a block takes
-// all runs of K one after the other, and keeps the sums of the finished ones where the parts' results would
-// go.
+// same rows of both matrices, and their sums become the next product's activation. K is one run there.
 #include <cooperative_groups.h>
 
 #include "kernels/cuda/cuda_product.cuh"
@@ -47,9 +45,8 @@ template <int LEGS>
 __device__ __forceinline__ struct wide_place place_of(const struct product_args &args,
                                                       const struct wide_shape &shape)
 {
-    uint32_t runs = LEGS == 2 ? 1 : args.chunks; // that blocks share
-    struct wide_place place = {0, 0, 0, blockIdx.x % runs};
-    uint32_t share = blockIdx.x / runs;
+    struct wide_place place = {0, 0, 0, blockIdx.x % args.chunks};
+    uint32_t share = blockIdx.x / args.chunks;
     for (; LEGS == 1 && place.part + 1 < args.n_parts; place.part++) {
         uint32_t shares = (args.parts[place.part].tiles + shape.tiles - 1) / shape.tiles;
         if (share < shares)
@@ -383,32 +380,15 @@ multiply_stage(const struct product_args &args, const struct wide_place &place, 
 
 // --- gated products ---
 
-// Keeps the sums of a run of K that is finished, or of all so far, where the parts' results would be: every
-// lane its own, and begins the next. The lane is hidden from the compiler, which else makes all addresses
-// before the loop and keeps them.
-template <int NT>
-__device__ __forceinline__ void keep_run(const struct product_args &args, const struct wide_place &place,
-                                         uint32_t warp, uint32_t lane, bool first, float (*acc)[NT][4])
+// Rows [row, row + 8) of a leg, from their sums; 0 beyond its rows.
+__device__ __forceinline__ void finish_leg(const struct product_args &args, const struct product_part &part,
+                                           uint32_t row, const float *sums, float *values)
 {
-    uint32_t hidden = opaque(lane), row = (place.tile + warp) * CUDA_TILE_ROWS + hidden / 4;
+    row_load8(sums, 0, 8, values);
 #pragma unroll
-    for (int i = 0; i < 2 * 4 * NT; i++) {
-        const struct product_part &part = args.parts[i / 4 / NT];
-        uint32_t column = i / 4 % NT * 8 + 2 * (hidden % 4) + i % 2;
-        float *sum = &acc[i / 4 / NT][i / 4 % NT][i % 4], *at = product_place(part, row, column);
-        bool there = warp < place.n_tiles && row + i % 4 / 2 * 8 < part.rows && column < args.columns;
-        if (there)
-            at[i % 4 / 2 * 8] = first ? *sum : at[i % 4 / 2 * 8] + *sum;
-        *sum = 0;
-    }
-}
-
-// The sum of row `row` of a leg, from its last run, `last`.
-__device__ __forceinline__ float finish_leg(const struct product_args &args, const struct product_part &part,
-                                            uint32_t row, uint32_t column, float last)
-{
-    float sum = args.chunks > 1 ? *product_place(part, row, column) + last : last;
-    return product_finish(args, part, product_end_of(part, row), sum);
+    for (uint32_t e = 0; e < 8; e++)
+        values[e] =
+            row + e < part.rows ? product_finish(args, part, product_end_of(part, row + e), values[e]) : 0;
 }
 
 // The block's tiles of both legs become elements of the next product's activation, eight a lane.
@@ -424,12 +404,13 @@ __device__ __forceinline__ void store_gated(const struct product_args &args, con
         uint32_t row = place.tile * CUDA_TILE_ROWS + at;
         const float *from = sums + column * stride + at;
         bool live = column < args.columns && row < args.parts[0].rows;
-        float values[8] = {};
+        float values[8] = {}, ups[8];
+        if (live) {
+            finish_leg(args, args.parts[0], row, from, values);
+            finish_leg(args, args.parts[1], row, from + second, ups);
 #pragma unroll
-        for (uint32_t e = 0; e < 8; e++) {
-            if (live && row + e < args.parts[0].rows)
-                values[e] = row_gated(finish_leg(args, args.parts[0], row + e, column, from[e]),
-                                      finish_leg(args, args.parts[1], row + e, column, from[second + e]));
+            for (int e = 0; e < 8; e++)
+                values[e] = row_gated(values[e], ups[e]);
         }
         activation_store8(args.gated, args.gated_row + column, row, values, live);
     }
@@ -446,10 +427,9 @@ __global__ void __launch_bounds__(wide_block<MANY>::MOST_WARPS * 32, 1)
     unsigned char *ring = ring_of();
     uint32_t warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     struct wide_place place = place_of<LEGS>(args, shape);
-    uint32_t begin = LEGS == 2 ? 0 : product_chunk_begin(args, place.chunk);
-    uint32_t blocks = LEGS == 2 ? args.k_blocks : product_chunk_begin(args, place.chunk + 1) - begin;
+    uint32_t begin = product_chunk_begin(args, place.chunk);
+    uint32_t blocks = product_chunk_begin(args, place.chunk + 1) - begin;
     uint32_t ahead = min(blocks, shape.stages); // K blocks whose copies have begun
-    uint32_t run = 1;                           // of the legs, the one that follows
     fill_ring<L, NT, MANY, LEGS>(args, shape, place, begin, ahead, filled, drained);
     float acc[TILES][NT][4] = {};
     for (uint32_t k = 0, stage = 0, parity = 0; k < blocks; k++) {
@@ -460,10 +440,6 @@ __global__ void __launch_bounds__(wide_block<MANY>::MOST_WARPS * 32, 1)
                                       stage == 0 ? parity ^ 1 : parity, filled, drained);
         }
         __syncwarp();
-        if constexpr (LEGS == 2) {
-            if (run < args.chunks && k == product_chunk_begin(args, run))
-                keep_run<NT>(args, place, warp, lane, run++ == 1, acc);
-        }
         barrier_await(filled + stage, parity);
         multiply_stage<L, NT, MANY, LEGS>(args, place, columns, columns + shape.records_at, warp, lane, acc);
         __syncwarp();
@@ -480,12 +456,12 @@ __global__ void __launch_bounds__(wide_block<MANY>::MOST_WARPS * 32, 1)
 
 // --- launching ---
 
-// `legs`: matrices of which a block takes the same tiles; more than one: all runs of K.
+// `legs`: matrices of which a block takes the same tiles.
 static uint32_t blocks_of(const struct product_args &args, uint32_t tiles, uint32_t legs)
 {
     uint32_t blocks = 0;
     for (uint32_t p = 0; p < args.n_parts; p += legs)
-        blocks += (args.parts[p].tiles + tiles - 1) / tiles * (legs > 1 ? 1 : args.chunks);
+        blocks += (args.parts[p].tiles + tiles - 1) / tiles * args.chunks;
     return blocks;
 }
 
@@ -537,8 +513,7 @@ static void launch(struct cuda_device *device, const struct product_args &args)
     size_t room = device->shared_limit - 1024, aligned = room - 1024;
     uint32_t columns = ((MANY ? 8 * NT : args.columns) * CUDA_BLOCK_BYTES + 127) / 128 * 128;
     uint32_t most = (uint32_t)((aligned / 2 - columns - 1024) / BYTES); // two stages at least
-    uint32_t cluster = LEGS == 2 ? 1 : args.chunks;
-    uint32_t places = places_of<L, NT, MANY, LEGS>(device, cluster, room);
+    uint32_t places = places_of<L, NT, MANY, LEGS>(device, args.chunks, room);
     struct wide_shape shape = {};
     if (places == 0)
         return;
@@ -554,7 +529,7 @@ static void launch(struct cuda_device *device, const struct product_args &args)
     size_t shared = (size_t)shape.stages * shape.stage_bytes;
     cuda_launch_clusters(device, "wide product", product_wide_kernel<L, NT, MANY, LEGS>,
                          blocks_of(args, shape.tiles, LEGS), warps * 32,
-                         (sums > shared ? sums : shared) + 1024, cluster, args, shape);
+                         (sums > shared ? sums : shared) + 1024, args.chunks, args, shape);
 }
 
 template <int L> static void launch_columns(struct cuda_device *device, const struct product_args &args)

@@ -381,14 +381,15 @@ __device__ __forceinline__ void record_multiply(const unsigned char *record, con
         record_multiply_mins<L, NT>(record, head.rows, columns, head.factors, lane, acc);
 }
 
-// The same for two records and up to 8 columns, step by step in turn, so that one's products do not wait for
-// the other's: of two tiles (each has an acc of its own), or, with integer scales, of two K blocks in a row
-// of one tile (one acc: what is added to it is made side by side, and added in order).
+// The same for the records of two K blocks in a row of a tile and up to 8 columns, step by step in turn, so
+// that one's products do not wait for the other's. With integer scales only: what is added to acc is made
+// side by side, and added in order.
 template <int L>
 __device__ __forceinline__ void record_multiply_two(const unsigned char *const *records,
                                                     const unsigned char *const *x, uint32_t count, int lane,
-                                                    float (*const *acc)[4])
+                                                    float (*acc)[4])
 {
+    static_assert(record_form_of(L).integer_scales, "else the second product begins with the first's sums");
     struct record_head<L> head[2];
     const unsigned char *columns[2];
     float sums[2][2][4]; // [record][half]
@@ -401,7 +402,7 @@ __device__ __forceinline__ void record_multiply_two(const unsigned char *const *
     for (int half = 0; half < 2; half++) {
 #pragma unroll
         for (int r = 0; r < 2; r++)
-            record_begin_half<L>(sums[r][half], half == 0 ? acc[r][0] : sums[r][0]);
+            record_begin_half<L>(sums[r][half], acc[0]);
 #pragma unroll
         for (int j = 4 * half; j < 4 * half + 4; j++) {
             unsigned a[2][8];
@@ -422,10 +423,10 @@ __device__ __forceinline__ void record_multiply_two(const unsigned char *const *
 #pragma unroll
     for (int r = 0; r < 2; r++) {
 #pragma unroll
-        for (int half = record_form_of(L).integer_scales ? 0 : 1; half < 2; half++)
-            record_add_half<L>(head[r].factors, sums[r][half], acc[r][0]);
+        for (int half = 0; half < 2; half++)
+            record_add_half<L>(head[r].factors, sums[r][half], acc[0]);
         if constexpr (record_form_of(L).has_min)
-            record_multiply_mins<L, 1>(records[r], head[r].rows, &columns[r], head[r].factors, lane, acc[r]);
+            record_multiply_mins<L, 1>(records[r], head[r].rows, &columns[r], head[r].factors, lane, acc);
     }
 }
 

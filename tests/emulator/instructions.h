@@ -90,11 +90,6 @@ static inline unsigned pair_high(unsigned a)
     return a >> 16 | (a & 0xFFFF0000);
 }
 
-static inline uint32_t opaque(uint32_t x)
-{
-    return x;
-}
-
 static inline unsigned and_or(unsigned a, unsigned b, unsigned c)
 {
     return (a & b) | c;
