@@ -273,8 +273,13 @@ def test_a_connection_grows_old():
     with Server(e2e.small_model(), workers=1, coordinator=["--max-connection-age", 0.2]) as server:
         states, tokens, began = [], 0, time.monotonic()
         server.client.channel.subscribe(states.append)
-        for response in server.client.stream(long_request(n=8, max_tokens=1500)):
-            tokens += len(response.token_ids)
+        try:
+            for response in server.client.stream(long_request(n=8, max_tokens=1500)):
+                tokens += len(response.token_ids)
+        except grpc.RpcError as error:
+            # gRPC's server closes the old connection behind the last byte; a client that writes just then
+            # (a window, a ping) hears of the closed socket before it has read the status. The answer is whole.
+            assert tokens == 12000 and error.details() == "Broken pipe", (tokens, error)
         assert tokens == 12000, tokens
         assert time.monotonic() - began > 0.3, "the answer was over before the connection was old"
         until(lambda: grpc.ChannelConnectivity.IDLE in states, f"{states}: it was never asked to leave")
