@@ -77,8 +77,11 @@ __device__ __forceinline__ void finish_tiles(const struct product_args &args, ui
     }
 }
 
+// Blocks a multiprocessor holds at least: few enough for a record's loads to be on their way together.
 template <int L, int NT, class Columns>
-__global__ void __launch_bounds__(GENERAL_WARPS * 32)
+__global__ void __launch_bounds__(GENERAL_WARPS * 32, NT < 4   ? 3
+                                                      : NT < 8 ? 2
+                                                               : 1)
     product_general_kernel(const __grid_constant__ struct product_args args)
 {
     __shared__ float sums[GENERAL_WARPS * NT * 8 * CUDA_TILE_ROWS];
