@@ -6,8 +6,8 @@
 #
 # Also: check-asan, check-tsan (the whole suite under sanitizers), check-emulated (the CUDA kernels on this processor),
 # fuzz (FUZZ_SECONDS a target), bench (MODEL), format, clean. With a GPU: gpu-check (PARTS=ops engine general e2e
-# sanitizer), gpu-bench (OPTIONS for gpu_bench.py); with two, gpu-pair (OPTIONS for gpu_pair.py). Without one, for another
-# machine: gpu-build packs build-gpu/, which gpu_check.sh, gpu_bench.sh and gpu_pair.sh in scripts/ run there.
+# sanitizer), gpu-bench (OPTIONS for gpu_bench.py); with two, gpu-pair (OPTIONS for gpu_pair.py). Without one, for
+# another machine: gpu-build packs build-gpu/, which gpu_check.sh, gpu_bench.sh and gpu_pair.sh in scripts/ run there.
 
 BUILD ?= build
 JOBS ?= $(shell nproc)
