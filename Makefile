@@ -5,9 +5,9 @@
 #   make         build only
 #
 # Also: check-asan, check-tsan (the whole suite under sanitizers), check-emulated (the CUDA kernels on this processor),
-# fuzz (FUZZ_SECONDS a target), bench (MODEL), format, clean. With a GPU: gpu-check (PARTS=ops engine e2e sanitizer),
-# gpu-bench (OPTIONS for gpu_bench.py); with two, gpu-pair (OPTIONS for gpu_pair.py). Without one, for another machine:
-# gpu-build packs build-gpu/, which gpu_check.sh, gpu_bench.sh and gpu_pair.sh in scripts/ run there.
+# fuzz (FUZZ_SECONDS a target), bench (MODEL), format, clean. With a GPU: gpu-check (PARTS=ops engine general e2e
+# sanitizer), gpu-bench (OPTIONS for gpu_bench.py); with two, gpu-pair (OPTIONS for gpu_pair.py). Without one, for
+# another machine: gpu-build packs build-gpu/, which gpu_check.sh, gpu_bench.sh and gpu_pair.sh in scripts/ run there.
 
 BUILD ?= build
 JOBS ?= $(shell nproc)
@@ -58,7 +58,7 @@ comma := ,
 
 # The suites that run on a GPU, with every kernel compiled for this processor (tests/emulator). Not those of a GPU's
 # faults and of NCCL, nor that of a clock which the test turns itself.
-EMULATED_SUITES = ops/(matmul|project|rows|embed|stamp|engine|cuda_)|unit/(executor|weight_cache|memory_plan)
+EMULATED_SUITES = ops/(matmul|project|rows|embed|stamp|engine|cuda_)|general/|unit/(executor|weight_cache|memory_plan)
 
 check-emulated:
 	@scripts/install_dependencies.sh

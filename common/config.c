@@ -431,6 +431,12 @@ static int read_environment(struct config *config, struct error *error)
     return STATUS_OK;
 }
 
+bool config_switch(const char *name)
+{
+    const char *text = getenv(name);
+    return text && *text && strcmp(text, "0") != 0;
+}
+
 void config_forget_environment(const struct option *options)
 {
     char name[NAME_BYTES + 8];

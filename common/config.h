@@ -60,6 +60,9 @@ void config_print_help(const struct option *options, const char *usage, const ch
 // else. A parsed config stays as it is.
 void config_forget_environment(const struct option *options);
 
+// Whether a variable is set to anything but nothing or 0: a switch that is no option, for tests. Any thread.
+bool config_switch(const char *name);
+
 // Sets a variable that a library reads from the environment and from nowhere else, unless the user has set
 // it. While the program has one thread.
 void config_export(const char *name, const char *value);

@@ -4,6 +4,7 @@
 #
 #   ops         every op against f64, and the same bits in any company
 #   engine      whole models against the oracle, executor and weight cache
+#   general     both again with STRATA_CUDA_GENERAL=1: the path of GPUs other than 9.0
 #   e2e         programs over gRPC: 1, 2 and 4 workers on one GPU
 #   sanitizer   compute-sanitizer over a sample of the op tests: memcheck and racecheck
 #
@@ -12,7 +13,7 @@ set -u
 
 # shellcheck disable=SC1091
 . "$(dirname "$0")/gpu_machine.sh"
-parts=${*:-ops engine e2e sanitizer}
+parts=${*:-ops engine general e2e sanitizer}
 
 # shellcheck disable=SC2154
 logs=$build/gpu-check
@@ -89,6 +90,13 @@ check_engine() {
     done
 }
 
+check_general() {
+    for test in $(op_tests | grep -v -e '/cuda_link[^/]*$' -e '/cuda_fault[^/]*$' -e '/cuda_general[^/]*$') \
+        "$build/tests/engine_test" "$build/tests/executor_test"; do
+        run "general/$(basename "$test")" 400 env STRATA_CUDA_GENERAL=1 "$test"
+    done
+}
+
 # Several workers share one GPU here, and meet over NCCL all the same: a setting for tests only.
 check_e2e() {
     export STRATA_OVERSUBSCRIBE=1 STRATA_PYTHON="$python"
@@ -122,9 +130,9 @@ check_sanitizer() {
 row suite passed failed skipped seconds
 for part in $parts; do
     case $part in
-    ops | engine | e2e | sanitizer) "check_$part" ;;
+    ops | engine | general | e2e | sanitizer) "check_$part" ;;
     *)
-        echo "gpu_check.sh: '$part' is none of ops, engine, e2e, sanitizer" >&2
+        echo "gpu_check.sh: '$part' is none of ops, engine, general, e2e, sanitizer" >&2
         exit 2
         ;;
     esac

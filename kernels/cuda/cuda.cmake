@@ -2,10 +2,13 @@
 #
 #   -DSTRATA_CUDA=AUTO | ON | OFF      AUTO: when nvcc is found
 #   -DSTRATA_CUDA=EMULATED             the kernels on this processor, for the tests (tests/emulator)
-#   -DSTRATA_CUDA_ARCH=90a-real        the GPUs to compile for, as CMAKE_CUDA_ARCHITECTURES takes them
+#   -DSTRATA_CUDA_ARCH="80;90a-real"   the GPUs to compile for, as CMAKE_CUDA_ARCHITECTURES takes them: 80 is the
+#                                      general path, as machine code and as PTX from which newer GPUs' drivers make
+#                                      theirs; 90a-real is 9.0. One alone halves what there is to compile, and a GPU
+#                                      that is left out is refused by name
 #   -DCMAKE_CUDA_COMPILER_LAUNCHER=ccache
 set(STRATA_CUDA AUTO CACHE STRING "CUDA kernels: AUTO, ON, OFF or EMULATED")
-set(STRATA_CUDA_ARCH 90a-real CACHE STRING "GPU architectures, as CMAKE_CUDA_ARCHITECTURES takes them")
+set(STRATA_CUDA_ARCH "80;90a-real" CACHE STRING "GPU architectures, as CMAKE_CUDA_ARCHITECTURES takes them")
 set(STRATA_HAVE_CUDA OFF)
 set(STRATA_HAVE_NCCL OFF)
 if(STRATA_CUDA STREQUAL OFF)

@@ -9,18 +9,22 @@
 //
 // What a query does not see has the weight 0 exactly, and a page of which it sees nothing changes nothing of
 // its sums: so neither the tile nor the chunk that a query stands in shows in its bits.
+//
+// Large heads on GPUs with less shared memory: 64 positions a block, one page at a time.
 #include "kernels/cuda/cuda_attention.cuh"
 
-enum { TILE_QUERIES = 128 };
+enum { TILE_QUERIES = 128, SMALL_TILE_QUERIES = 64 };
 
-template <uint32_t WIDTH> struct prompt_shape {
-    static constexpr int WARPS = WIDTH <= 128 ? 4 : 8;
+template <uint32_t HEAD_WIDTH, uint32_t TILE> struct prompt_shape {
+    static constexpr uint32_t WIDTH = HEAD_WIDTH, QUERIES = TILE; // of a head in a page, of a block
+    static constexpr int WARPS = WIDTH <= 128 || QUERIES < TILE_QUERIES ? 4 : 8;
     static constexpr int THREADS = 32 * WARPS;
-    static constexpr int TILES = TILE_QUERIES / 16 / WARPS;  // of 16 queries, a warp
+    static constexpr int TILES = QUERIES / 16 / WARPS;       // of 16 queries, a warp
+    static constexpr int PAGES = QUERIES / 64;               // in shared memory
     static constexpr int PARTS = WIDTH / 32;                 // of 32 dimensions
     static constexpr int CHUNKS = WIDTH / 8;                 // of 16 bytes, a row of K
     static constexpr int IMAGE = KV_PAGE_POSITIONS * CHUNKS; // chunks of a page's K, or V
-    static constexpr size_t SHARED = (TILE_QUERIES * CHUNKS + 4 * IMAGE) * sizeof(uint4);
+    static constexpr size_t SHARED = (QUERIES * CHUNKS + PAGES * 2 * IMAGE) * sizeof(uint4);
 };
 
 // Queries [row, row + rows) of the batch; the first is at `position`.
@@ -28,8 +32,9 @@ struct prompt_tile {
     uint32_t row, rows, position, slot;
 };
 
-// Finds tile number `wanted` of the prompt spans, of which each has count / 128 rounded up. Every warp for
-// itself, 32 spans at once.
+// Finds tile number `wanted` of the prompt spans, of which each has count / QUERIES rounded up. Every warp
+// for itself, 32 spans at once.
+template <uint32_t QUERIES>
 __device__ __forceinline__ bool find_tile(const attention_args &args, uint32_t wanted, prompt_tile *tile)
 {
     uint32_t lane = threadIdx.x % 32;
@@ -37,7 +42,7 @@ __device__ __forceinline__ bool find_tile(const attention_args &args, uint32_t w
         batch_span span = {};
         if (base + lane < args.n_spans)
             span = args.spans[base + lane];
-        uint32_t tiles = (span.count + TILE_QUERIES - 1) / TILE_QUERIES, end = tiles;
+        uint32_t tiles = (span.count + QUERIES - 1) / QUERIES, end = tiles;
 #pragma unroll
         for (int distance = 1; distance < 32; distance *= 2) {
             uint32_t before = __shfl_up_sync(~0u, end, distance);
@@ -46,9 +51,9 @@ __device__ __forceinline__ bool find_tile(const attention_args &args, uint32_t w
         uint32_t ahead = __ballot_sync(~0u, end > wanted);
         if (ahead) {
             int owner = __ffs((int)ahead) - 1;
-            uint32_t first = (wanted - __shfl_sync(~0u, end - tiles, owner)) * TILE_QUERIES;
+            uint32_t first = (wanted - __shfl_sync(~0u, end - tiles, owner)) * QUERIES;
             tile->row = __shfl_sync(~0u, span.first, owner) + first;
-            tile->rows = min(__shfl_sync(~0u, span.count, owner) - first, (uint32_t)TILE_QUERIES);
+            tile->rows = min(__shfl_sync(~0u, span.count, owner) - first, (uint32_t)QUERIES);
             tile->position = __shfl_sync(~0u, span.position, owner) + first;
             tile->slot = __shfl_sync(~0u, span.slot, owner);
             return true;
@@ -59,13 +64,13 @@ __device__ __forceinline__ bool find_tile(const attention_args &args, uint32_t w
 }
 
 // Starts copying a page's K and V of one head. V's pairs from `pairs` on, which nobody has written, become 0.
-template <uint32_t WIDTH>
+template <class shape>
 __device__ __forceinline__ void start_page(const attention_args &args, uint4 *keys, uint4 *values,
                                            uint32_t page, uint32_t kv_head, uint32_t pairs)
 {
-    typedef prompt_shape<WIDTH> shape;
-    const uint4 *from = (const uint4 *)page_keys(args, page, kv_head, WIDTH);
-    const uint4 *from_values = (const uint4 *)((const unsigned char *)from + kv_value_offset(args, WIDTH));
+    const uint4 *from = (const uint4 *)page_keys(args, page, kv_head, shape::WIDTH);
+    const uint4 *from_values =
+        (const uint4 *)((const unsigned char *)from + kv_value_offset(args, shape::WIDTH));
 #pragma unroll 4
     for (int i = threadIdx.x; i < shape::IMAGE; i += shape::THREADS) {
         copy_async16(keys + i, from + i, true);
@@ -76,19 +81,17 @@ __device__ __forceinline__ void start_page(const attention_args &args, uint4 *ke
 
 // A warp's queries: scores of one page, sums of weighted values, largest scores and sums of weights. Index
 // [tile]; of a tile's rows this lane has g and g + 8.
-template <uint32_t WIDTH> struct prompt_state {
-    typedef prompt_shape<WIDTH> shape;
+template <class shape> struct prompt_state {
     float scores[shape::TILES][KV_PAGE_POSITIONS / 8][4];
     float sums[shape::TILES][4 * shape::PARTS][4];
     float most[shape::TILES][2];
     float weight[shape::TILES][2]; // of this lane's positions alone
 };
 
-template <uint32_t WIDTH>
-__device__ __forceinline__ void multiply_keys(prompt_state<WIDTH> &state, const uint4 *queries,
+template <class shape>
+__device__ __forceinline__ void multiply_keys(prompt_state<shape> &state, const uint4 *queries,
                                               const uint4 *keys)
 {
-    typedef prompt_shape<WIDTH> shape;
     uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int m = 0; m < shape::TILES; m++)
@@ -99,7 +102,7 @@ __device__ __forceinline__ void multiply_keys(prompt_state<WIDTH> &state, const 
                 state.scores[m][n][i] = 0;
 #pragma unroll
     for (int part = 0; part < shape::PARTS; part++) {
-        uint32_t chunk = kv_key_chunk(WIDTH, g, 4 * part + t);
+        uint32_t chunk = kv_key_chunk(shape::WIDTH, g, 4 * part + t);
         uint4 q[shape::TILES][2];
 #pragma unroll
         for (int m = 0; m < shape::TILES; m++) {
@@ -120,13 +123,13 @@ __device__ __forceinline__ void multiply_keys(prompt_state<WIDTH> &state, const 
 }
 
 // Scores of what the queries, the first at `position`, do not see of the page that begins at `from`.
-template <uint32_t WIDTH>
-__device__ __forceinline__ void hide_unseen(prompt_state<WIDTH> &state, uint32_t window, uint32_t position,
+template <class shape>
+__device__ __forceinline__ void hide_unseen(prompt_state<shape> &state, uint32_t window, uint32_t position,
                                             uint32_t from)
 {
     uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
-    for (int m = 0; m < prompt_shape<WIDTH>::TILES; m++)
+    for (int m = 0; m < shape::TILES; m++)
 #pragma unroll
         for (int n = 0; n < KV_PAGE_POSITIONS / 8; n++)
 #pragma unroll
@@ -138,9 +141,8 @@ __device__ __forceinline__ void hide_unseen(prompt_state<WIDTH> &state, uint32_t
 }
 
 // Scores become weights; sums are fitted to the new maximum. A factor of 1 is left out: that changes no bits.
-template <uint32_t WIDTH> __device__ __forceinline__ void soften(prompt_state<WIDTH> &state)
+template <class shape> __device__ __forceinline__ void soften(prompt_state<shape> &state)
 {
-    typedef prompt_shape<WIDTH> shape;
 #pragma unroll
     for (int m = 0; m < shape::TILES; m++) {
         float fit[2];
@@ -175,10 +177,9 @@ template <uint32_t WIDTH> __device__ __forceinline__ void soften(prompt_state<WI
     }
 }
 
-template <uint32_t WIDTH>
-__device__ __forceinline__ void multiply_values(prompt_state<WIDTH> &state, const uint4 *values)
+template <class shape>
+__device__ __forceinline__ void multiply_values(prompt_state<shape> &state, const uint4 *values)
 {
-    typedef prompt_shape<WIDTH> shape;
     uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int step = 0; step < KV_PAGE_POSITIONS / 16; step++) {
@@ -206,11 +207,10 @@ __device__ __forceinline__ void multiply_values(prompt_state<WIDTH> &state, cons
 }
 
 // The warp's queries are rows [row, row + rows) of the batch.
-template <uint32_t WIDTH>
-__device__ __forceinline__ void store_queries(const attention_args &args, const prompt_state<WIDTH> &state,
+template <class shape>
+__device__ __forceinline__ void store_queries(const attention_args &args, const prompt_state<shape> &state,
                                               uint32_t head, uint32_t row, uint32_t rows)
 {
-    typedef prompt_shape<WIDTH> shape;
     uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int m = 0; m < shape::TILES; m++)
@@ -234,30 +234,28 @@ __device__ __forceinline__ void store_queries(const attention_args &args, const 
         }
 }
 
-template <uint32_t WIDTH>
+template <class shape>
 __device__ __forceinline__ void load_queries(const attention_args &args, const prompt_tile &tile,
                                              uint32_t head, uint4 *queries)
 {
-    typedef prompt_shape<WIDTH> shape;
-    for (int i = threadIdx.x; i < TILE_QUERIES * shape::CHUNKS; i += shape::THREADS) {
+    for (int i = threadIdx.x; i < shape::QUERIES * shape::CHUNKS; i += shape::THREADS) {
         uint32_t r = i / shape::CHUNKS, chunk = i % shape::CHUNKS;
         const float *query = args.q + (size_t)(tile.row + r) * args.q_stride + head * args.head_size;
-        queries[r * shape::CHUNKS + kv_key_chunk(WIDTH, r, chunk)] =
+        queries[r * shape::CHUNKS + kv_key_chunk(shape::WIDTH, r, chunk)] =
             query_chunk(args, query, 8 * chunk, r < tile.rows);
     }
 }
 
-template <uint32_t WIDTH>
-__global__ void __launch_bounds__(prompt_shape<WIDTH>::THREADS, WIDTH <= 128 ? 2 : 1)
+template <class shape>
+__global__ void __launch_bounds__(shape::THREADS, shape::WIDTH <= 128 ? 2 : 1)
     attention_prompt_kernel(const attention_args args)
 {
-    typedef prompt_shape<WIDTH> shape;
     extern __shared__ uint4 attention_shared[];
-    uint4 *queries = attention_shared, *images = queries + TILE_QUERIES * shape::CHUNKS;
+    uint4 *queries = attention_shared, *images = queries + shape::QUERIES * shape::CHUNKS;
     cuda_release();
     cuda_wait();
     prompt_tile tile; // the last ones first: they see most
-    if (!find_tile(args, gridDim.x - 1 - blockIdx.x, &tile))
+    if (!find_tile<shape::QUERIES>(args, gridDim.x - 1 - blockIdx.x, &tile))
         return;
     uint32_t head = blockIdx.y, kv_head = head / (args.n_heads / args.n_kv_heads);
     uint32_t end = tile.position + tile.rows; // nobody sees what is there or later
@@ -267,54 +265,69 @@ __global__ void __launch_bounds__(prompt_shape<WIDTH>::THREADS, WIDTH <= 128 ? 2
     // The warp's queries.
     uint32_t first = threadIdx.x / 32 * 16 * shape::TILES, position = tile.position + first;
     uint32_t rows = first < tile.rows ? min(tile.rows - first, 16u * shape::TILES) : 0;
-    prompt_state<WIDTH> state = {};
+    prompt_state<shape> state = {};
 #pragma unroll
     for (int m = 0; m < shape::TILES; m++)
         state.most[m][0] = state.most[m][1] = -INFINITY;
 
     // Position p of a page that nobody wrote makes pair p / 2 half or wholly unwritten.
     auto start = [&](uint32_t number) {
-        uint4 *image = images + number % 2 * 2 * shape::IMAGE;
-        start_page<WIDTH>(args, image, image + shape::IMAGE, table[number], kv_head,
+        uint4 *image = images + number % shape::PAGES * 2 * shape::IMAGE;
+        start_page<shape>(args, image, image + shape::IMAGE, table[number], kv_head,
                           number < last_page ? KV_PAGE_POSITIONS / 2 : (odd_end + 1) / 2);
     };
     start(page);
-    load_queries<WIDTH>(args, tile, head, queries);
+    load_queries<shape>(args, tile, head, queries);
     for (; page <= last_page; page++) {
-        uint4 *keys = images + page % 2 * 2 * shape::IMAGE, *values = keys + shape::IMAGE;
+        uint4 *keys = images + page % shape::PAGES * 2 * shape::IMAGE, *values = keys + shape::IMAGE;
         copy_async_wait<0>();
         __syncthreads();
         if (page < last_page) {
-            start(page + 1);
+            if (shape::PAGES > 1)
+                start(page + 1);
         } else if (odd_end % 2) {
             uint32_t *pair = (uint32_t *)(values + odd_end / 2 * 2 * shape::CHUNKS);
-            for (uint32_t i = threadIdx.x; i < WIDTH; i += shape::THREADS)
+            for (uint32_t i = threadIdx.x; i < shape::WIDTH; i += shape::THREADS)
                 pair[i] &= 0xffff;
             __syncthreads();
         }
         uint32_t from = page * KV_PAGE_POSITIONS, to = from + KV_PAGE_POSITIONS;
-        if (!rows || from >= position + rows || to <= first_seen(args, position))
-            continue;
-        multiply_keys<WIDTH>(state, queries + first * shape::CHUNKS, keys);
-        if (to > position + 1 || from < first_seen(args, position + rows - 1))
-            hide_unseen<WIDTH>(state, args.window, position, from);
-        soften<WIDTH>(state);
-        multiply_values<WIDTH>(state, values);
+        if (rows && from < position + rows && to > first_seen(args, position)) {
+            multiply_keys<shape>(state, queries + first * shape::CHUNKS, keys);
+            if (to > position + 1 || from < first_seen(args, position + rows - 1))
+                hide_unseen<shape>(state, args.window, position, from);
+            soften<shape>(state);
+            multiply_values<shape>(state, values);
+        }
+        if (shape::PAGES == 1 && page < last_page) {
+            __syncthreads(); // nobody reads this one any more
+            start(page + 1);
+        }
     }
     if (rows) // the whole warp
-        store_queries<WIDTH>(args, state, head, tile.row + first, rows);
+        store_queries<shape>(args, state, head, tile.row + first, rows);
+}
+
+template <class shape> static void launch_shape(struct cuda_device *device, const attention_args &args)
+{
+    static uint64_t allowed;
+    if (!cuda_allow_shared(device, "attention of prompts", attention_prompt_kernel<shape>, shape::SHARED,
+                           &allowed))
+        return;
+    uint32_t tiles = (args.n_tokens - args.n_generated) / shape::QUERIES + args.n_spans - args.n_generated;
+    cuda_launch(device, "attention of prompts", attention_prompt_kernel<shape>, dim3(tiles, args.n_heads),
+                dim3(shape::THREADS), shape::SHARED, args);
 }
 
 template <uint32_t WIDTH> static void launch_prompt(struct cuda_device *device, const attention_args &args)
 {
-    typedef prompt_shape<WIDTH> shape;
-    static uint64_t allowed;
-    if (!cuda_allow_shared(device, "attention of prompts", attention_prompt_kernel<WIDTH>, shape::SHARED,
-                           &allowed))
-        return;
-    uint32_t tiles = (args.n_tokens - args.n_generated) / TILE_QUERIES + args.n_spans - args.n_generated;
-    cuda_launch(device, "attention of prompts", attention_prompt_kernel<WIDTH>, dim3(tiles, args.n_heads),
-                dim3(shape::THREADS), shape::SHARED, args);
+    typedef prompt_shape<WIDTH, TILE_QUERIES> large;
+    typedef prompt_shape<WIDTH, SMALL_TILE_QUERIES> small;
+    static_assert(small::SHARED <= 99 << 10, "what every GPU gives a block");
+    if (large::SHARED <= device->shared_limit)
+        launch_shape<large>(device, args);
+    else
+        launch_shape<small>(device, args);
 }
 
 void cuda_attention_prompt(struct cuda_device *device, const attention_args &args)

@@ -1,6 +1,7 @@
 // A GPU as a device: opening it, its description, its faults. Everything runs on one stream of its own, in
 // the order of the calls. Called by the executor's thread, except that the thread that opens the device may
 // be another: cuda_enter sees to it that CUDA's idea of the current GPU follows.
+#include "common/config.h"
 #include "kernels/cuda/cuda_internal.h"
 
 #include <stdio.h>
@@ -102,6 +103,23 @@ static int check_index(const struct device_options *options, struct error *error
     return STATUS_OK;
 }
 
+// Whether the GPU can be used, and by which path.
+static int choose_path(struct cuda_device *device, const struct cudaDeviceProp *gpu, struct error *error)
+{
+    if (gpu->major < 8)
+        return error_set(error, STATUS_UNSUPPORTED,
+                         "GPU %d (%s) has compute capability %d.%d; 8.0 or newer is needed", device->index,
+                         gpu->name, gpu->major, gpu->minor);
+    int architecture = cuda_kernel_architecture();
+    if (architecture == 0)
+        return error_set(error, STATUS_UNSUPPORTED,
+                         "GPU %d (%s) has compute capability %d.%d, for which this build has no kernels: "
+                         "build with STRATA_CUDA_ARCH=%d%d-real",
+                         device->index, gpu->name, gpu->major, gpu->minor, gpu->major, gpu->minor);
+    device->general = gpu->major != 9 || architecture < 90 || config_switch("STRATA_CUDA_GENERAL");
+    return STATUS_OK;
+}
+
 static int set_up(struct cuda_device *device, struct error *error)
 {
     struct cudaDeviceProp properties;
@@ -112,15 +130,14 @@ static int set_up(struct cuda_device *device, struct error *error)
     if (code != cudaSuccess)
         return error_set(error, STATUS_UNSUPPORTED, "GPU %d cannot be opened: %s", device->index,
                          cudaGetErrorString(code));
-    if (properties.major != 9)
-        return error_set(error, STATUS_UNSUPPORTED,
-                         "GPU %d (%s) has compute capability %d.%d; this build has kernels for 9.0",
-                         device->index, properties.name, properties.major, properties.minor);
+    int status = choose_path(device, &properties, error);
+    if (status)
+        return status;
     device->sms = properties.multiProcessorCount;
     device->shared_limit = properties.sharedMemPerBlockOptin;
     snprintf(device->description, sizeof(device->description), "cuda %d: %.100s, %.0f GB", device->index,
              properties.name, (double)properties.totalGlobalMem / 1e9);
-    int status = cuda_memory_open(device, error);
+    status = cuda_memory_open(device, error);
     if (!status)
         status = cuda_stamps_open(device, error);
     return status ? status : cuda_gemm_open(device, error);

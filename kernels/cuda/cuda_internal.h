@@ -38,6 +38,7 @@ struct cuda_device {
     struct device base;
     int index, sms;
     size_t shared_limit; // bytes of shared memory a block may ask for
+    bool general;        // no kernels for 9.0 here, or not wanted: see "Which GPUs" in ARCHITECTURE.md
     cudaStream_t stream;
     char description[160];
     struct error fault;  // first failure since the last report, and
@@ -153,6 +154,8 @@ void cuda_project_qkv(struct device *device, struct activation *x, const struct 
                       const struct matmul_part *parts, uint32_t n_parts, const struct qkv_args *qkv,
                       const struct attention_shape *shape, const struct kv_layer *kv,
                       const struct batch *batch);
+// The architecture that this GPU's kernels were compiled for: 80, 90; 0 where the build has none for it.
+int cuda_kernel_architecture(void);
 int cuda_gemm_open(struct cuda_device *device, struct error *error);
 void cuda_gemm_close(struct cuda_device *device);
 // out[t] (+)= weight x[t] + bias for the prompt rows of x, t < rows - x->n_generated.

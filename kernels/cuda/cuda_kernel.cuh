@@ -1,5 +1,9 @@
 // What kernels share: how they are launched, how they wait for one another, and the layout of activations.
 //
+// Compute capability. Kernels are compiled for 9.0 and for 8.0, from which newer GPUs take theirs: the
+// general path. What exists on 9.0 alone stands between `#if CUDA_FOR_90`, and the host launches it where
+// !device->general.
+//
 // Programmatic dependent launch: a kernel may start before its predecessor in the stream has ended. So every
 // kernel launched with cuda_launch calls cuda_wait() in all threads before it touches memory that any earlier
 // kernel reads or writes, and may call cuda_release() as soon as its successor's early part would do no harm.
@@ -30,24 +34,31 @@
 
 #include "kernels/cuda/cuda_internal.h"
 
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define CUDA_FOR_90 1
+#else
+#define CUDA_FOR_90 0
+#endif
+
 // --- launching ---
 
 __device__ __forceinline__ void cuda_wait()
 {
-#if __CUDA_ARCH__ >= 900
+#if defined(__CUDA_ARCH__) && CUDA_FOR_90
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
 __device__ __forceinline__ void cuda_release()
 {
-#if __CUDA_ARCH__ >= 900
+#if defined(__CUDA_ARCH__) && CUDA_FOR_90
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 
 // A launch on the device's stream that may start before its predecessor has ended, of clusters of `cluster`
-// blocks along x (0: none, also before sm_90). `attributes` must live as long as the result.
+// blocks along x (0: none); on the general path it waits, and there are no clusters. `attributes` must live
+// as long as the result.
 enum { CUDA_LAUNCH_ATTRIBUTES = 2 };
 
 static inline cudaLaunchConfig_t cuda_launch_config(const struct cuda_device *device, dim3 grid, dim3 block,
@@ -65,7 +76,7 @@ static inline cudaLaunchConfig_t cuda_launch_config(const struct cuda_device *de
     config.dynamicSmemBytes = shared;
     config.stream = device->stream;
     config.attrs = attributes;
-    config.numAttrs = cluster > 0 ? 2 : 1;
+    config.numAttrs = device->general ? 0 : cluster > 0 ? 2 : 1;
     return config;
 }
 

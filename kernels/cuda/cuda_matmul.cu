@@ -91,7 +91,7 @@ static bool multiply_small(struct cuda_device *device, const struct activation *
 {
     struct product_args args = group_args(x, 0, columns, chunks);
     int layout, other;
-    if (args.many || !two_layouts(parts, n_parts, &layout, &other))
+    if (device->general || args.many || !two_layouts(parts, n_parts, &layout, &other))
         return false;
     for (uint32_t p = 0; p < n_parts; p++) {
         add_part(&args, &parts[p], 0);
@@ -122,7 +122,7 @@ static void multiply_wide(struct cuda_device *device, const struct activation *x
                 add_part(&args, &parts[p], first_column);
         }
         if (args.n_parts > 0)
-            product_wide(device, args, layout);
+            (device->general ? product_general : product_wide)(device, args, layout);
     }
 }
 
@@ -132,8 +132,8 @@ static bool multiply_gated(struct cuda_device *device, const struct activation *
                            const struct matmul_part *parts, struct activation *gated, uint32_t chunks)
 {
     int layout, other;
-    if (!activation_view_of(x).many || !two_layouts(parts, 2, &layout, &other) || layout != other ||
-        chunks > 1)
+    if (device->general || !activation_view_of(x).many || !two_layouts(parts, 2, &layout, &other) ||
+        layout != other || chunks > 1)
         return false;
     gated->unit = CUDA_ACTIVATED_UNIT;
     for (uint32_t first = 0; first < rows; first += CUDA_GROUP_ROWS) {

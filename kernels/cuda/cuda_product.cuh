@@ -1,8 +1,8 @@
-// What the two product kernels share: their arguments, and how an element is finished.
+// What the product kernels share: their arguments, and how an element is finished.
 //
 // The order of sums. K's blocks are dealt into `chunks` runs of neighbouring blocks; inside a run a column's
 // sum goes through the blocks ascending, and the runs' sums are added ascending. The number of runs depends
-// on the shapes of the matrices alone, so that both kernels, at any number of columns, give a column the same
+// on the shapes of the matrices alone, so that all kernels, at any number of columns, give a column the same
 // bits.
 #ifndef STRATA_CUDA_PRODUCT_CUH
 #define STRATA_CUDA_PRODUCT_CUH
@@ -125,5 +125,7 @@ __device__ __forceinline__ void product_store(const struct product_args &args,
 bool product_small(struct cuda_device *device, const struct product_args &args, int layout, int other);
 // One layout; no norm; gated only where the activations lie for many rows and K is one run.
 void product_wide(struct cuda_device *device, const struct product_args &args, int layout);
+// In place of both on the general path. One layout; neither norm nor gated.
+void product_general(struct cuda_device *device, const struct product_args &args, int layout);
 
 #endif

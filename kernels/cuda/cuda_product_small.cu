@@ -412,6 +412,7 @@ template <int A, int B>
 __global__ void __launch_bounds__(MAX_WARPS * 32, 1)
     product_small_kernel(const __grid_constant__ struct product_args args, struct small_shape shape)
 {
+#if CUDA_FOR_90
     extern __shared__ __align__(128) unsigned char shared[];
     __shared__ __align__(8) barrier_t filled[MAX_WARPS * RING_SLOTS], columns_here;
     uint32_t warps = blockDim.x / 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
@@ -471,6 +472,7 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, 1)
             end.read_old(args, shape);
         }
     }
+#endif
 }
 
 // --- shapes ---

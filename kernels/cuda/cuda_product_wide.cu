@@ -202,6 +202,7 @@ __device__ __forceinline__ float4 add4(float4 a, float4 b)
     return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
 }
 
+#if CUDA_FOR_90
 // The sums of a cluster's blocks, added in the order of their runs: every block does a share of the rows.
 // Without a cluster, the block's own.
 template <int NT, int TILES>
@@ -238,6 +239,7 @@ __device__ __forceinline__ void finish_runs(const struct product_args &args, con
     if (args.chunks > 1)
         cluster.sync(); // nobody leaves while others read
 }
+#endif
 
 // --- stages ---
 
@@ -422,6 +424,7 @@ template <int L, int NT, bool MANY, int LEGS>
 __global__ void __launch_bounds__(wide_block<MANY>::MOST_WARPS * 32, 1)
     product_wide_kernel(const __grid_constant__ struct product_args args, struct wide_shape shape)
 {
+#if CUDA_FOR_90
     constexpr int TILES = wide_block<MANY>::TILES_A_WARP;
     __shared__ __align__(8) barrier_t filled[WIDE_STAGES], drained[WIDE_STAGES];
     unsigned char *ring = ring_of();
@@ -452,6 +455,7 @@ __global__ void __launch_bounds__(wide_block<MANY>::MOST_WARPS * 32, 1)
         store_gated<NT>(args, place, warp, lane, acc);
     else
         finish_runs<NT, TILES>(args, place, warp, lane, acc);
+#endif
 }
 
 // --- launching ---

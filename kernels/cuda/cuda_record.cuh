@@ -254,24 +254,37 @@ __device__ __forceinline__ uint2 record_mins(const unsigned char *record, const 
 
 // acc[n][i], n < NT: element (row g + 8 (i / 2), column 8 n + 2 t + i % 2) of a tile times columns.
 
-// The columns as a lane reads them: its column of each eight, at its 16 bytes of a K group. Those from
-// `count` on repeat the last one: what comes of them is nobody's.
-template <int NT>
-__device__ __forceinline__ void record_columns(const unsigned char *x, uint32_t count, int lane,
-                                               const unsigned char **columns)
-{
+// A K block of columns as a lane reads it: its column of each eight, its eight halves of a K group, its sums
+// of 16. Columns from `count` on repeat the last one: what comes of them is nobody's. Few columns lie as
+// records of an activation.
+template <int NT> struct record_columns {
+    const unsigned char *at[NT];
+
+    __device__ __forceinline__ void begin(const unsigned char *x, uint32_t count, int lane)
+    {
 #pragma unroll
-    for (int n = 0; n < NT; n++) {
-        uint32_t column = 8 * n + (lane >> 2);
-        columns[n] = x + (column < count ? column : count - 1) * CUDA_BLOCK_BYTES + (lane & 3) * 16;
+        for (int n = 0; n < NT; n++) {
+            uint32_t column = min(8 * n + (lane >> 2), count - 1);
+            at[n] = x + column * CUDA_BLOCK_BYTES + (lane & 3) * 16;
+        }
     }
-}
+
+    __device__ __forceinline__ uint4 group(int n, int j) const
+    {
+        return *(const uint4 *)(at[n] + j * 64);
+    }
+
+    __device__ __forceinline__ uint4 sums(int n) const
+    {
+        return *(const uint4 *)(at[n] + 2 * CUDA_K_BLOCK);
+    }
+};
 
 // sums += the products of K groups [first, first + 4).
-template <int L, int NT>
-__device__ __forceinline__ void
-record_multiply_half(const unsigned char *record, const struct record_row *rows,
-                     const unsigned char *const *columns, int first, int lane, float (*sums)[4])
+template <int L, int NT, class Columns>
+__device__ __forceinline__ void record_multiply_half(const unsigned char *record,
+                                                     const struct record_row *rows, const Columns &columns,
+                                                     int first, int lane, float (*sums)[4])
 {
     constexpr int AT_ONCE = NT < 4 ? NT : 4; // products that do not wait for one another stand together
 #pragma unroll
@@ -283,7 +296,7 @@ record_multiply_half(const unsigned char *record, const struct record_row *rows,
             uint4 b[AT_ONCE];
 #pragma unroll
             for (int i = 0; i < AT_ONCE; i++)
-                b[i] = *(const uint4 *)(columns[n + i] + j * 64);
+                b[i] = columns.group(n + i, j);
 #pragma unroll
             for (int i = 0; i < AT_ONCE; i++)
                 mma_halves(sums[n + i], a[0], a[1], a[2], a[3], b[i].x, b[i].y);
@@ -296,17 +309,17 @@ record_multiply_half(const unsigned char *record, const struct record_row *rows,
 
 // Minimums times the sums of 16 activations: subtracted times dmin, or, without integer scales, added as they
 // are.
-template <int L, int NT>
-__device__ __forceinline__ void
-record_multiply_mins(const unsigned char *record, const struct record_row *rows,
-                     const unsigned char *const *columns, const float2 *factors, int lane, float (*acc)[4])
+template <int L, int NT, class Columns>
+__device__ __forceinline__ void record_multiply_mins(const unsigned char *record,
+                                                     const struct record_row *rows, const Columns &columns,
+                                                     const float2 *factors, int lane, float (*acc)[4])
 {
     constexpr struct record_form form = record_form_of(L);
     int g = lane >> 2, t = lane & 3;
     uint2 upper = record_mins<L>(record, rows[0], g, t), lower = record_mins<L>(record, rows[1], g + 8, t);
 #pragma unroll
     for (int n = 0; n < NT; n++) {
-        uint4 b = *(const uint4 *)(columns[n] + 2 * CUDA_K_BLOCK);
+        uint4 b = columns.sums(n);
         float sums[4];
 #pragma unroll
         for (int i = 0; i < 4; i++)
@@ -356,16 +369,14 @@ template <int L> __device__ __forceinline__ void record_begin_half(float *sums, 
         sums[i] = record_form_of(L).integer_scales ? 0 : acc[i];
 }
 
-// acc += the record's product with K block `x` of `count` columns: records of an activation, 576 bytes each.
-// Every column sees the same operations in the same order, whatever NT is and whatever stands beside it.
-template <int L, int NT>
-__device__ __forceinline__ void record_multiply(const unsigned char *record, const unsigned char *x,
-                                                uint32_t count, int lane, float (*acc)[4])
+// acc += the record's product with a K block of columns. Every column sees the same operations in the same
+// order, whatever NT is and whatever stands beside it.
+template <int L, int NT, class Columns>
+__device__ __forceinline__ void record_multiply_columns(const unsigned char *record, const Columns &columns,
+                                                        int lane, float (*acc)[4])
 {
     struct record_head<L> head;
-    const unsigned char *columns[NT];
     head.read(record, lane);
-    record_columns<NT>(x, count, lane, columns);
 #pragma unroll
     for (int half = 0; half < 2; half++) { // 128 products each, then the factor in f32
         float sums[NT][4];
@@ -381,6 +392,16 @@ __device__ __forceinline__ void record_multiply(const unsigned char *record, con
         record_multiply_mins<L, NT>(record, head.rows, columns, head.factors, lane, acc);
 }
 
+// The same with K block `x` of `count` columns that lie for few: records of an activation, 576 bytes each.
+template <int L, int NT>
+__device__ __forceinline__ void record_multiply(const unsigned char *record, const unsigned char *x,
+                                                uint32_t count, int lane, float (*acc)[4])
+{
+    struct record_columns<NT> columns;
+    columns.begin(x, count, lane);
+    record_multiply_columns<L, NT>(record, columns, lane, acc);
+}
+
 // The same for the records of two K blocks in a row of a tile and up to 8 columns, step by step in turn, so
 // that one's products do not wait for the other's. With integer scales only: what is added to acc is made
 // side by side, and added in order.
@@ -391,12 +412,12 @@ __device__ __forceinline__ void record_multiply_two(const unsigned char *const *
 {
     static_assert(record_form_of(L).integer_scales, "else the second product begins with the first's sums");
     struct record_head<L> head[2];
-    const unsigned char *columns[2];
+    struct record_columns<1> columns[2];
     float sums[2][2][4]; // [record][half]
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         head[r].read(records[r], lane);
-        record_columns<1>(x[r], count, lane, &columns[r]);
+        columns[r].begin(x[r], count, lane);
     }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -410,7 +431,7 @@ __device__ __forceinline__ void record_multiply_two(const unsigned char *const *
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 record_group<L>(records[r], head[r].rows, j, lane, a[r]);
-                b[r] = *(const uint4 *)(columns[r] + j * 64);
+                b[r] = columns[r].group(0, j);
             }
 #pragma unroll
             for (int r = 0; r < 2; r++)
@@ -426,7 +447,7 @@ __device__ __forceinline__ void record_multiply_two(const unsigned char *const *
         for (int half = 0; half < 2; half++)
             record_add_half<L>(head[r].factors, sums[r][half], acc[0]);
         if constexpr (record_form_of(L).has_min)
-            record_multiply_mins<L, 1>(records[r], head[r].rows, &columns[r], head[r].factors, lane, acc);
+            record_multiply_mins<L, 1>(records[r], head[r].rows, columns[r], head[r].factors, lane, acc);
     }
 }
 

@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(ROW_THREADS, 2) sample_rows(const __grid_const
     const uint32_t choice = slot->choice;
     const struct adjustment adjust = {
         slot->n_biases, slot->n_outputs < params.min_tokens ? slot->n_banned : 0, slot->penalized};
-    cluster_joined();
+    cluster_joined(part);
 
     double base = 0;
     struct row_best best = row_find_best(part);
@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(ROW_THREADS, 2) score_rows(const __grid_consta
     const float *logits = call.logits + (size_t)row.logits_row * call.vocab;
     struct vocab_row part = row_open(&shared, (float *)logits, false, call.vocab);
     cuda_wait();
-    cluster_joined();
+    cluster_joined(part);
     double base = row_base(part, row_find_best(part).value);
     if (row.target >= 0 && part.rank == 0 && threadIdx.x == 0)
         call.logprobs[row.out] = row_logprob(logits[row.target], base);
@@ -256,24 +256,10 @@ __global__ void see_tokens(uint32_t *seen, uint32_t vocab, const int32_t *tokens
 
 // --- memory ---
 
-static uint32_t query_parts(void)
+// Blocks that share a row.
+static uint32_t row_parts(const struct cuda_device *device)
 {
-    cudaFuncAttributes attributes;
-    if (cudaFuncGetAttributes(&attributes, (const void *)score_rows) != cudaSuccess)
-        return ROW_MOST_PARTS;
-    return attributes.ptxVersion >= 90 ? ROW_MOST_PARTS : 1;
-}
-
-// Blocks that share a row: what the kernels that run here were compiled for.
-static uint32_t row_parts(void)
-{
-    static const uint32_t parts = query_parts();
-    return parts;
-}
-
-static uint32_t row_cluster(void)
-{
-    return row_parts() > 1 ? row_parts() : 0;
+    return device->general ? 1 : (uint32_t)ROW_MOST_PARTS;
 }
 
 // Bytes of shared memory that a block can have for its part of a row.
@@ -295,7 +281,7 @@ static size_t sampler_layout(struct sampler *sampler, const struct cuda_device *
 {
     size_t at = 0, n_slots = sampler->n_slots, vocab = sampler->vocab;
     void *memory = sampler->memory;
-    size_t part = row_part_size(sampler->vocab, row_parts()) * sizeof(float);
+    size_t part = row_part_size(sampler->vocab, row_parts(device)) * sizeof(float);
     sampler->row_bytes = part <= part_room(device) ? part : 0;
     sampler->slots = (struct sampler_slot *)cut(memory, &at, n_slots * sizeof(struct sampler_slot));
     sampler->seen = (uint32_t *)cut(memory, &at, n_slots * vocab * sizeof(uint32_t));
@@ -409,6 +395,8 @@ void cuda_sample(struct device *base, struct sampler *sampler, const float *logi
                  const struct sample_row *rows, uint32_t n_rows, int32_t *out_tokens, float *out_logprobs,
                  struct token_logprob *out_tops)
 {
+    struct cuda_device *device = cuda_device_of(base);
+    uint32_t parts = row_parts(device);
     struct sample_call call = {};
     call.logits = logits;
     call.vocab = sampler->vocab;
@@ -421,15 +409,16 @@ void cuda_sample(struct device *base, struct sampler *sampler, const float *logi
     for (uint32_t first = 0; first < n_rows; first += CALL_ROWS) {
         uint32_t count = n_rows - first < CALL_ROWS ? n_rows - first : CALL_ROWS;
         memcpy(call.rows, rows + first, count * sizeof *rows);
-        cuda_launch_clusters(cuda_device_of(base), "sample",
-                             sampler->row_bytes ? sample_rows<true> : sample_rows<false>,
-                             dim3(row_parts(), count), ROW_THREADS, sampler->row_bytes, row_cluster(), call);
+        cuda_launch_clusters(device, "sample", sampler->row_bytes ? sample_rows<true> : sample_rows<false>,
+                             dim3(parts, count), ROW_THREADS, sampler->row_bytes, parts, call);
     }
 }
 
 void cuda_score(struct device *base, const float *logits, uint32_t vocab, const struct score_row *rows,
                 uint32_t n_rows, float *out_logprobs, struct token_logprob *out_tops)
 {
+    struct cuda_device *device = cuda_device_of(base);
+    uint32_t parts = row_parts(device);
     struct score_call call = {};
     call.logits = logits;
     call.vocab = vocab;
@@ -438,7 +427,6 @@ void cuda_score(struct device *base, const float *logits, uint32_t vocab, const 
     for (uint32_t first = 0; first < n_rows; first += CALL_ROWS) {
         uint32_t count = n_rows - first < CALL_ROWS ? n_rows - first : CALL_ROWS;
         memcpy(call.rows, rows + first, count * sizeof *rows);
-        cuda_launch_clusters(cuda_device_of(base), "score", score_rows, dim3(row_parts(), count), ROW_THREADS,
-                             0, row_cluster(), call);
+        cuda_launch_clusters(device, "score", score_rows, dim3(parts, count), ROW_THREADS, 0, parts, call);
     }
 }

@@ -1,6 +1,6 @@
 // One row of logits in the hands of a cluster of 8 blocks: each block keeps its part of the vocabulary in
-// shared memory (where it fits), and they agree through distributed shared memory. GPUs before sm_90 use one
-// block a row.
+// shared memory (where it fits), and they agree through distributed shared memory. On the general path a row
+// has one block.
 //
 // Every sum is one of integers: weights exp(offset) are rounded to multiples of 2^-42 once and then added
 // exactly. So nothing depends on the order in which threads or blocks come, nor on their number, and "the
@@ -27,15 +27,8 @@ enum {
     ROW_WARPS = ROW_THREADS / 32,
     ROW_BIN_BITS = 11,
     ROW_BINS = 1 << ROW_BIN_BITS,
+    ROW_MOST_PARTS = 8, // blocks that share a row: so many, or one
 };
-
-// Blocks that share a row. The preprocessor asks, so these are no enumerators.
-#define ROW_MOST_PARTS 8
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-#define ROW_PARTS 1
-#else
-#define ROW_PARTS ROW_MOST_PARTS
-#endif
 
 typedef unsigned long long row_mass; // in units of 2^-42; at most 2^20 tokens of weight 1 in all
 
@@ -61,7 +54,7 @@ struct vocab_row { // one thread's view
     uint32_t first, count; // ids of the part; count may be 0
     uint32_t chunk;        // x[thread * chunk, + chunk) are the thread's in order of id: odd, so that a warp
                            // reads 32 banks
-    uint32_t rank;         // of the part
+    uint32_t rank, parts;  // of the part, of the row
     uint32_t turn;         // of the two mailboxes
 };
 
@@ -73,38 +66,44 @@ static inline __host__ __device__ uint32_t row_part_size(uint32_t vocab, uint32_
 
 // --- the cluster ---
 
-// Blocks may write to one another after cluster_join() and, later, cluster_joined().
-__device__ __forceinline__ void cluster_join()
+// Blocks may write to one another after cluster_join() and, later, cluster_joined(). A block alone has nobody
+// to wait for.
+__device__ __forceinline__ void cluster_join(const struct vocab_row &row)
 {
-#if ROW_PARTS > 1
-    cooperative_groups::this_cluster().barrier_arrive();
+#if CUDA_FOR_90
+    if (row.parts > 1)
+        cooperative_groups::this_cluster().barrier_arrive();
 #endif
 }
 
-__device__ __forceinline__ void cluster_joined()
+__device__ __forceinline__ void cluster_joined(const struct vocab_row &row)
 {
-#if ROW_PARTS > 1
-    cooperative_groups::this_cluster().barrier_wait();
+#if CUDA_FOR_90
+    if (row.parts > 1)
+        cooperative_groups::this_cluster().barrier_wait();
 #endif
 }
 
-__device__ __forceinline__ void cluster_sync()
+__device__ __forceinline__ void cluster_sync(const struct vocab_row &row)
 {
-#if ROW_PARTS > 1
-    cooperative_groups::this_cluster().sync();
-#else
+#if CUDA_FOR_90
+    if (row.parts > 1) {
+        cooperative_groups::this_cluster().sync();
+        return;
+    }
+#endif
     __syncthreads();
-#endif
 }
 
 // The same variable in the shared memory of block `part`.
-template <typename Type> __device__ __forceinline__ Type *cluster_peer(Type *mine, uint32_t part)
+template <typename Type>
+__device__ __forceinline__ Type *cluster_peer(const struct vocab_row &row, Type *mine, uint32_t part)
 {
-#if ROW_PARTS > 1
-    return cooperative_groups::this_cluster().map_shared_rank(mine, part);
-#else
-    return mine;
+#if CUDA_FOR_90
+    if (row.parts > 1)
+        return cooperative_groups::this_cluster().map_shared_rank(mine, part);
 #endif
+    return mine;
 }
 
 // Tells every block the `value` of this one (the same in all its threads) and returns all, by part. Two
@@ -112,9 +111,9 @@ template <typename Type> __device__ __forceinline__ Type *cluster_peer(Type *min
 __device__ __forceinline__ const row_mass *row_exchange(struct vocab_row &row, row_mass value)
 {
     row_mass *mail = row.shared->mail[row.turn++ & 1];
-    if (threadIdx.x < ROW_PARTS)
-        *cluster_peer(&mail[row.rank], threadIdx.x) = value;
-    cluster_sync();
+    if (threadIdx.x < row.parts)
+        *cluster_peer(row, &mail[row.rank], threadIdx.x) = value;
+    cluster_sync(row);
     return mail;
 }
 
@@ -132,8 +131,9 @@ __device__ row_mass row_reduce(struct vocab_row &row, row_mass value, Operation 
         value = operation(value, warps[warp]);
     const row_mass *parts = row_exchange(row, value);
     value = parts[0];
-    for (int part = 1; part < ROW_PARTS; part++)
-        value = operation(value, parts[part]);
+#pragma unroll
+    for (uint32_t part = 1; part < ROW_MOST_PARTS; part++)
+        value = part < row.parts ? operation(value, parts[part]) : value;
     return value;
 }
 
@@ -167,9 +167,10 @@ __device__ row_mass row_scan(struct vocab_row &row, row_mass value, row_mass *to
     }
     const row_mass *parts = row_exchange(row, block);
     *total = 0;
-    for (uint32_t part = 0; part < ROW_PARTS; part++) {
+#pragma unroll
+    for (uint32_t part = 0; part < ROW_MOST_PARTS; part++) {
         before += part < row.rank ? parts[part] : 0;
-        *total += parts[part];
+        *total += part < row.parts ? parts[part] : 0;
     }
     return before;
 }
@@ -177,8 +178,8 @@ __device__ row_mass row_scan(struct vocab_row &row, row_mass value, row_mass *to
 // One thread of the cluster tells what it found; all read it behind the next cluster_sync().
 __device__ __forceinline__ void row_tell(const struct vocab_row &row, struct row_found found)
 {
-    for (uint32_t part = 0; part < ROW_PARTS; part++)
-        *cluster_peer(&row.shared->found, part) = found;
+    for (uint32_t part = 0; part < row.parts; part++)
+        *cluster_peer(row, &row.shared->found, part) = found;
 }
 
 // --- a row ---
@@ -188,9 +189,10 @@ __device__ __forceinline__ void row_tell(const struct vocab_row &row, struct row
 __device__ struct vocab_row row_open(struct row_shared *shared, float *memory, bool of_part, uint32_t vocab)
 {
     struct vocab_row row;
-    uint32_t part = row_part_size(vocab, ROW_PARTS);
     row.shared = shared;
     row.rank = blockIdx.x; // the cluster is the grid's whole x
+    row.parts = gridDim.x;
+    uint32_t part = row_part_size(vocab, row.parts);
     row.first = min(row.rank * part, vocab);
     row.count = min(part, vocab - row.first);
     row.chunk = ((part + ROW_THREADS - 1) / ROW_THREADS) | 1;
@@ -198,7 +200,7 @@ __device__ struct vocab_row row_open(struct row_shared *shared, float *memory, b
     row.turn = 0;
     if (threadIdx.x == 0)
         shared->n_listed = 0;
-    cluster_join();
+    cluster_join(row);
     return row;
 }
 
@@ -419,7 +421,7 @@ __device__ void row_count(const struct vocab_row &row, const struct key_range &r
         if (MASS)
             bin_add_mass(shared, bin, row_fixed(row_exp(x)));
     }
-    cluster_sync();
+    cluster_sync(row);
 }
 
 // A bin's tokens in all parts, and their mass (with MASS) or their number again.
@@ -429,19 +431,16 @@ __device__ __forceinline__ row_mass bin_total(const struct vocab_row &row, uint3
     row_mass mass = 0;
     *count = 0;
 #pragma unroll
-    for (uint32_t part = 0; part < ROW_PARTS; part++) {
-        const struct row_shared *peer = cluster_peer(row.shared, part);
+    for (uint32_t part = 0; part < ROW_MOST_PARTS; part++) {
+        if (part >= row.parts)
+            break;
+        const struct row_shared *peer = cluster_peer(row, row.shared, part);
         *count += peer->counts[bin];
         if (MASS)
             mass += (row_mass)peer->mass_high[bin] << 32 | peer->mass_low[bin];
     }
     return MASS ? mass : *count;
 }
-
-enum {
-    ROW_PART_BINS = ROW_BINS / ROW_PARTS, // that each block adds up, and each of its threads
-    ROW_THREAD_BINS = (ROW_PART_BINS + ROW_THREADS - 1) / ROW_THREADS
-};
 
 // The token of this thread's chunk at which `sum`, running on over `weigh` in order of id, reaches `target`:
 // it does so in this chunk.
@@ -477,7 +476,7 @@ __device__ struct row_cut row_cut_ties(struct vocab_row &row, uint32_t key, row_
     row_mass own = row_chunk_sum(row, weigh), total, before = row_scan(row, own, &total);
     if (before < needed && needed <= before + own)
         row_tell(row, {row_walk(row, before, needed, weigh), 0, 0});
-    cluster_sync();
+    cluster_sync(row);
     return {key, row.shared->found.place};
 }
 
@@ -486,15 +485,17 @@ __device__ struct row_cut row_cut_ties(struct vocab_row &row, uint32_t key, row_
 template <typename Keys, bool MASS>
 __device__ struct row_cut row_select(struct vocab_row &row, uint32_t tokens, float share)
 {
+    const uint32_t part_bins = ROW_BINS / row.parts; // that each block adds up, and each of its threads
+    const uint32_t thread_bins = (part_bins + ROW_THREADS - 1) / ROW_THREADS;
     struct key_range range = Keys::all();
     struct row_found found = {0, 0, 0}; // found.before: what lies ahead of the range
     row_mass target = 0;
     do {
         row_count<Keys, MASS>(row, range);
-        uint32_t in_part = threadIdx.x * ROW_THREAD_BINS, count;
-        uint32_t bin = row.rank * ROW_PART_BINS + in_part;
+        uint32_t in_part = threadIdx.x * thread_bins, count;
+        uint32_t bin = row.rank * part_bins + in_part;
         row_mass own = 0, total;
-        for (uint32_t i = 0; i < ROW_THREAD_BINS && in_part < ROW_PART_BINS; i++)
+        for (uint32_t i = 0; i < thread_bins && in_part < part_bins; i++)
             own += bin_total<MASS>(row, bin + i, &count);
         row_mass before = found.before + row_scan(row, own, &total);
         if (target == 0) { // the first round
@@ -508,7 +509,7 @@ __device__ struct row_cut row_select(struct vocab_row &row, uint32_t tokens, flo
                 before += in_bin;
             row_tell(row, {bin, count, before});
         }
-        cluster_sync();
+        cluster_sync(row);
         found = row.shared->found;
         range = key_narrow<Keys>(range, found.place);
     } while (range.low < range.high && found.count > 1 && (MASS || found.before + found.count > target));
@@ -547,11 +548,11 @@ __device__ void row_store_tops(struct vocab_row &row, const float *logits, doubl
     for (uint32_t i = threadIdx.x; i < row.count; i += ROW_THREADS) {
         if (!row_keeps<logit_keys>(cut, row.x[i], row.first + i))
             continue;
-        uint32_t at = atomicAdd(cluster_peer(&row.shared->n_listed, 0), 1u);
-        *cluster_peer(&row.shared->listed[at], 0) =
+        uint32_t at = atomicAdd(cluster_peer(row, &row.shared->n_listed, 0), 1u);
+        *cluster_peer(row, &row.shared->listed[at], 0) =
             (row_mass)logit_keys::key(row.x[i]) << 32 | (row.first + i);
     }
-    cluster_sync();
+    cluster_sync(row);
     if (row.rank != 0)
         return;
     uint32_t listed = row.shared->n_listed;

@@ -302,6 +302,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(
     launch.grid = {config->gridDim.x, config->gridDim.y, config->gridDim.z};
     launch.block = {config->blockDim.x, config->blockDim.y, config->blockDim.z};
     launch.cluster = emulated_cluster_of(config);
+    launch.attributes = config->numAttrs;
     launch.shared = config->dynamicSmemBytes;
     launch.kernel = [kernel, kept] { std::apply(kernel, kept); };
     return emulated_queue_launch(config->stream, (const void *)kernel, std::move(launch));

@@ -20,6 +20,8 @@
 // added exactly, then rounded once), misaligned vectors, limits on registers, and NCCL.
 //
 // STRATA_EMULATED_SMS (132): how many multiprocessors the device says it has.
+// STRATA_EMULATED_GENERAL (unset): set, it is a GPU of compute capability 8.6 whose blocks may have 99 KB of
+// shared memory. Launches with attributes are refused, and what only 9.0 has ends the program.
 #ifndef STRATA_EMULATOR_H
 #define STRATA_EMULATOR_H
 
@@ -72,12 +74,15 @@ void emulated_copy_wait(unsigned pending);
 
 // The kernel does what no kernel may: says so and ends the program.
 [[noreturn]] void emulated_misuse(const char *sentence);
+// That it did what takes 9.0.
+void emulated_want_90(void);
 
 // --- launching ---
 
 struct emulated_launch {
     struct uint3 grid, block;
-    unsigned cluster; // blocks in a row along x; 0 and 1: none
+    unsigned cluster;    // blocks in a row along x; 0 and 1: none
+    unsigned attributes; // how many the launch has
     size_t shared;
     std::function<void()> kernel;
 };
@@ -92,5 +97,6 @@ cudaError_t emulated_queue(cudaStream_t stream, std::function<void()> work);
 // Checks a launch against the device's limits and queues it.
 cudaError_t emulated_queue_launch(cudaStream_t stream, const void *kernel, struct emulated_launch launch);
 int emulated_multiprocessors(void);
+bool emulated_is_general(void); // the GPU is one of 8.6
 
 #endif

@@ -134,6 +134,12 @@ void emulated_misuse(const char *sentence)
     abort();
 }
 
+void emulated_want_90()
+{
+    if (emulated_is_general())
+        emulated_misuse("an instruction that this GPU does not have");
+}
+
 // --- taking turns ---
 
 static __attribute__((noinline)) void leave_fiber()
@@ -224,10 +230,8 @@ static void pass_cluster(struct cluster *cluster)
 
 void emulated_cluster_arrive()
 {
-    if (!runner->cluster) {
-        runner->current->cluster_seen = runner->generation; // a block alone is its own cluster
+    if (!runner->cluster)
         emulated_misuse("a barrier of a cluster, and the launch has none");
-    }
     std::lock_guard<std::mutex> locked(runner->cluster->lock);
     runner->current->cluster_seen = runner->cluster->generation;
     runner->cluster->come++;
@@ -288,6 +292,7 @@ static void pass_barrier(struct barrier &barrier)
 
 void emulated_barrier_init(unsigned long long *barrier, unsigned arrivals)
 {
+    emulated_want_90();
     *barrier = BARRIER_MARK | runner->barriers.size();
     runner->barriers.push_back({0, arrivals, arrivals, 0});
 }

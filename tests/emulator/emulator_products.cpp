@@ -99,6 +99,7 @@ static void read_b(uint64_t descriptor, unsigned eight, double (*b)[8])
 void emulated_wgmma_of_warp(void **lanes)
 {
     double a[ROWS][DEPTH], b[DEPTH][8], sums[ROWS][8];
+    emulated_want_90();
     want_whole_warp(lanes);
     for (unsigned lane = 0; lane < EMULATED_WARP; lane++)
         place_a(a, lane, ((struct emulated_wgmma *)lanes[lane])->a);

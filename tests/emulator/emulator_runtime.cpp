@@ -13,6 +13,7 @@
 #include "tests/emulator/emulator.h"
 
 static const size_t MEMORY = (size_t)8 << 30, ALIGNMENT = 256, POISONED = 64 << 20, UNASKED_SHARED = 48 << 10;
+static const size_t GENERAL_SHARED = 99 << 10;
 
 struct emulated_stream {
     bool recording;
@@ -42,6 +43,17 @@ int emulated_multiprocessors()
     return count > 0 ? count : 132;
 }
 
+bool emulated_is_general()
+{
+    static const bool is_general = getenv("STRATA_EMULATED_GENERAL") != NULL;
+    return is_general;
+}
+
+static size_t most_shared()
+{
+    return emulated_is_general() ? GENERAL_SHARED : (size_t)EMULATED_SHARED;
+}
+
 cudaError_t cudaGetDeviceCount(int *count)
 {
     *count = __builtin_cpu_supports("avx2") ? 1 : 0; // emulator.cmake compiles for it
@@ -53,8 +65,9 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *properties, int devic
     *properties = {};
     snprintf(properties->name, sizeof(properties->name), "emulated");
     properties->totalGlobalMem = MEMORY;
-    properties->sharedMemPerBlockOptin = EMULATED_SHARED;
-    properties->major = 9;
+    properties->sharedMemPerBlockOptin = most_shared();
+    properties->major = emulated_is_general() ? 8 : 9;
+    properties->minor = emulated_is_general() ? 6 : 0;
     properties->multiProcessorCount = emulated_multiprocessors();
     return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
 }
@@ -302,7 +315,7 @@ cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t begin, cudaEvent_t end)
 cudaError_t cudaFuncSetAttribute(const void *kernel, enum cudaFuncAttribute, int value)
 {
     std::lock_guard<std::mutex> locked(lock);
-    if (value < 0 || value > EMULATED_SHARED)
+    if (value < 0 || (size_t)value > most_shared())
         return cudaErrorInvalidValue;
     allowed_shared[kernel] = (size_t)value;
     return cudaSuccess;
@@ -310,7 +323,8 @@ cudaError_t cudaFuncSetAttribute(const void *kernel, enum cudaFuncAttribute, int
 
 cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *attributes, const void *)
 {
-    attributes->ptxVersion = attributes->binaryVersion = 90;
+    attributes->ptxVersion = emulated_is_general() ? 80 : 90;
+    attributes->binaryVersion = emulated_is_general() ? 86 : 90;
     return cudaSuccess;
 }
 
@@ -323,7 +337,8 @@ static bool is_sound(const void *kernel, const struct emulated_launch &launch)
     uint64_t threads = (uint64_t)block.x * block.y * block.z;
     return launch.shared <= (most > UNASKED_SHARED ? most : UNASKED_SHARED) && threads >= 1 &&
            threads <= 1024 && grid.x >= 1 && grid.y >= 1 && grid.z >= 1 && grid.y < 65536 && grid.z < 65536 &&
-           launch.cluster <= EMULATED_CLUSTER && (launch.cluster <= 1 || grid.x % launch.cluster == 0);
+           !(emulated_is_general() && launch.attributes) && launch.cluster <= EMULATED_CLUSTER &&
+           (launch.cluster <= 1 || grid.x % launch.cluster == 0);
 }
 
 cudaError_t emulated_queue_launch(cudaStream_t stream, const void *kernel, struct emulated_launch launch)

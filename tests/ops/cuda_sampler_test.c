@@ -12,14 +12,21 @@ struct pair { // both devices with a sampler each
     uint32_t vocab;
 };
 
-static struct pair pair_open(uint32_t n_slots, uint32_t vocab)
+// `general`: on the CPU's side is the same GPU on the general path.
+static struct pair pair_open_either(uint32_t n_slots, uint32_t vocab, bool general)
 {
     struct pair pair = {.vocab = vocab};
     struct device_options options[SIDES] = {
         [CPU] = {.backend = "cpu", .threads = 2, .level = LEVEL_PORTABLE}, [GPU] = {.backend = "cuda"}};
     struct error error = {0};
-    for (int side = 0; side < SIDES; side++)
+    if (general)
+        options[CPU] = options[GPU];
+    for (int side = 0; side < SIDES; side++) {
+        bool change = general && side == CPU, was = change && fixture_general_begin();
         ck_assert_msg(device_open(&pair.device[side], &options[side], &error) == 0, "%s", error.text);
+        if (change)
+            fixture_general_end(was);
+    }
     for (int side = 0; side < SIDES; side++) {
         const struct kernel_ops *ops = device_ops(pair.device[side]);
         ck_assert_uint_gt(ops->sampler_bytes(pair.device[side], n_slots, vocab), 0);
@@ -27,6 +34,11 @@ static struct pair pair_open(uint32_t n_slots, uint32_t vocab)
                       "%s", error.text);
     }
     return pair;
+}
+
+static struct pair pair_open(uint32_t n_slots, uint32_t vocab)
+{
+    return pair_open_either(n_slots, vocab, false);
 }
 
 static void pair_close(struct pair *pair)
@@ -279,6 +291,24 @@ START_TEST(test_requests)
         pair_close(&pair);
     }
     check_tally(&tally);
+}
+END_TEST
+
+// One block a row draws what eight do.
+START_TEST(test_both_paths)
+{
+    fixture_seed("both paths");
+    static const uint32_t VOCABS[] = {300, 32000, 151937};
+    struct tally tally = {0};
+    for (size_t c = 0; c < sizeof VOCABS / sizeof *VOCABS; c++) {
+        struct pair pair = pair_open_either(ROWS, VOCABS[c], true);
+        float *logits = malloc((size_t)ROWS * pair.vocab * sizeof *logits);
+        for (uint32_t round = 0; round < (fixture_is_slow() ? 2 : 30); round++)
+            compare_round(&pair, logits, &tally);
+        free(logits);
+        pair_close(&pair);
+    }
+    ck_assert_uint_eq(tally.differing, 0);
 }
 END_TEST
 
@@ -558,6 +588,7 @@ Suite *make_suite(void)
     tcase_add_test(tcase, test_minimum_tokens);
     tcase_add_test(tcase, test_choices);
     tcase_add_test(tcase, test_requests);
+    tcase_add_test(tcase, test_both_paths);
     tcase_add_test(tcase, test_history);
     tcase_add_test(tcase, test_score);
     tcase_add_test(tcase, test_same_tokens_in_any_company);

@@ -106,6 +106,21 @@ static inline struct device *fixture_open(uint32_t level, uint32_t threads)
     return device;
 }
 
+// Devices of the CUDA backend that are opened between these two take the general path. Returns what end
+// wants.
+static inline bool fixture_general_begin(void)
+{
+    bool was = getenv("STRATA_CUDA_GENERAL") != NULL;
+    setenv("STRATA_CUDA_GENERAL", "1", !was);
+    return was;
+}
+
+static inline void fixture_general_end(bool was)
+{
+    if (!was)
+        unsetenv("STRATA_CUDA_GENERAL");
+}
+
 static inline void fixture_close(struct device *device)
 {
     struct error error = {0};
