@@ -57,14 +57,14 @@ check-tsan:
 comma := ,
 
 # The suites that run on a GPU, with every kernel compiled for this processor (tests/emulator). Not those of a GPU's
-# faults and of NCCL, nor that of a clock which the test turns itself.
+# faults and of NCCL.
 EMULATED_SUITES = ops/(matmul|project|rows|embed|stamp|engine|cuda_)|general/|unit/(executor|weight_cache|memory_plan)
 
 check-emulated:
 	@scripts/install_dependencies.sh
 	@cmake -S . -B $(BUILD)-emulated -G Ninja -DSTRATA_CUDA=EMULATED $(CMAKE_FLAGS) > /dev/null
 	@ninja -C $(BUILD)-emulated -j$(JOBS)
-	@ctest --test-dir $(BUILD)-emulated -j$(JOBS) -R '$(EMULATED_SUITES)' -E "cuda_fault|executor_measure"
+	@ctest --test-dir $(BUILD)-emulated -j$(JOBS) -R '$(EMULATED_SUITES)' -E cuda_fault
 
 fuzz:
 	@scripts/install_dependencies.sh

@@ -84,7 +84,7 @@ check_ops() {
 }
 
 check_engine() {
-    executor="executor_test executor_ahead_test executor_stages_test"
+    executor="executor_test executor_ahead_test executor_stages_test executor_measure_test"
     for test in engine_test $executor weight_cache_test memory_plan_test; do
         run "engine/$test" 400 "$build/tests/$test"
     done

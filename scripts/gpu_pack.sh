@@ -8,7 +8,7 @@ source=$(cd "$(dirname "$0")/.." && pwd)
 objects=${1:-$source/build-static}
 out=${2:-$source/build-gpu}
 tests="matmul_test matmul_classes_test project_test rows_test embed_test engine_test executor_test executor_ahead_test"
-tests="$tests executor_stages_test stamp_test weight_cache_test memory_plan_test file_read_bench"
+tests="$tests executor_stages_test executor_measure_test stamp_test weight_cache_test memory_plan_test file_read_bench"
 
 launcher=""
 if command -v ccache > /dev/null; then

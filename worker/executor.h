@@ -42,6 +42,8 @@ struct executor_memory {
 int executor_plan_memory(const struct executor_options *options, struct executor_memory *out,
                          struct error *error);
 
+// One executor a device at a time: programs are the device's, by the number of rows, and executor_free
+// forgets all of them.
 int executor_new(struct executor **out, const struct executor_options *options, struct error *error);
 void executor_free(struct executor *executor);
 // Runs what steps will run, once, on the padding's page, so that the first client does not wait for it: a

@@ -49,9 +49,12 @@ static void turning_sample(struct device *device, struct sampler *sampler, const
     true_ops->sample(device, sampler, logits, rows, n_rows, out_tokens, out_logprobs, out_tops);
 }
 
-// A stage of `n_stages`: of two the one or the other layer, alone both.
+// A stage of `n_stages`: of two the one or the other layer, alone both. In place of the engine's own
+// executor: a device keeps the programs of one.
 static struct executor *new_stage(uint32_t stage, uint32_t n_stages, uint32_t n_slots)
 {
+    executor_free(engine.executor);
+    engine.executor = NULL;
     struct weight_list list;
     uint32_t layers = LAYERS / n_stages;
     ck_assert_int_eq(weight_list_make(&list, engine.gguf, &engine.spec, stage * layers, layers, &error), 0);
