@@ -10,6 +10,7 @@ import argparse
 import collections
 import re
 import statistics
+import sys
 
 
 def short(name):
@@ -24,10 +25,18 @@ def short(name):
 
 
 def read(path):
+    """(start, end, label) of every kernel, ascending; ends the program where there are none."""
     kernels = []
-    for line in open(path, encoding="utf-8"):
-        start, end, grid, block, registers, shared, name = line.split(None, 6)
-        kernels.append((int(start), int(end), f"{short(name.strip())} {grid} x {block}"))
+    try:
+        for line in open(path, encoding="utf-8"):
+            start, end, grid, block, _, _, name = line.split(None, 6)
+            kernels.append((int(start), int(end), f"{short(name.strip())} {grid} x {block}"))
+    except OSError as error:
+        sys.exit(f"kernel_profile.py: {path}: {error.strerror}")
+    except ValueError:
+        sys.exit(f"kernel_profile.py: {path} is not what kernel_trace writes, from line {len(kernels) + 1} on")
+    if not kernels:
+        sys.exit(f"kernel_profile.py: {path} is empty: no kernel ran, or the program was killed")
     return sorted(kernels)
 
 
@@ -50,7 +59,10 @@ def main():
     p.add_argument("--first", default="embed", help="in the name of the first kernel of every step")
     p.add_argument("--width", type=int, default=72)
     a = p.parse_args()
-    steps = steps_of(read(a.trace), a.first)
+    kernels = read(a.trace)
+    if not any(a.first in label for _, _, label in kernels):
+        sys.exit(f"kernel_profile.py: no kernel's name has '{a.first}' in it: see --first")
+    steps = steps_of(kernels, a.first)
     steps = steps[len(steps) // 2:]
     lists = collections.Counter(tuple(label for label, _, _ in step) for step in steps)
     labels, count = lists.most_common(1)[0]
