@@ -135,15 +135,14 @@ def test_a_spare_takes_over():
 
 
 def test_a_stopped_worker_is_found_by_the_watchdog():
-    with Server(e2e.small_model(), workers=2, coordinator=["--step-timeout", 1 * e2e.SLOW]) as server:
+    # Well below the 10 s after which a worker counts as silent: the watchdog is to find it first.
+    with Server(e2e.small_model(), workers=2, coordinator=["--step-timeout", 3]) as server:
         stream = iter(server.client.stream(long_request()))
         next(stream)
         server.workers[1].kill(signal.SIGSTOP)
-        began = time.monotonic()
         with refused(grpc.StatusCode.UNAVAILABLE, "w1", "did not finish step"):
             for _ in stream:
                 pass
-        assert time.monotonic() - began < 8 * e2e.SLOW
         server.workers[1].kill(signal.SIGCONT)
         server.wait_ready()
         assert generate(server, **GREEDY, max_tokens=4).ids
