@@ -5,7 +5,7 @@
 
 source=$(cd "$(dirname "$0")/.." && pwd)
 case ${1:-} in
--* | "" | ops | engine | e2e | sanitizer)
+-* | "" | ops | engine | general | e2e | sanitizer)
     [ -d "$source/build-gpu" ] && build=$source/build-gpu || build=$source/build
     ;;
 *)
