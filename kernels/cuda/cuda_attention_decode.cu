@@ -433,7 +433,6 @@ __global__ void __launch_bounds__(DECODE_THREADS) attention_decode_kernel(const 
     uint4 *keys = attention_shared, *values = keys + shape::IMAGE;
     float *scores = (float *)(values + shape::IMAGE);
     const attention_args &a = args.a;
-    cuda_release();
     decode_task task = find_task(args, 8 * QUERY_TILES);
     uint32_t n_splits = task.last_split - task.first_split + 1, blocks = min(n_splits, gridDim.z);
     if (blockIdx.z >= n_splits)
@@ -446,6 +445,7 @@ __global__ void __launch_bounds__(DECODE_THREADS) attention_decode_kernel(const 
     start_values<WIDTH, shape>(a, task, values, page, now.from, seen);
     decode_state<WIDTH, QUERY_TILES> state;
     load_queries(state, a, task);
+    cuda_release(); // no sooner: the successor's weights would stand before what was just asked for
     clear(state);
     // Results of this row and the block's first head; with a single split they stay in shared memory.
     size_t first = ((size_t)task.row * a.n_heads + task.head) * args.n_splits;

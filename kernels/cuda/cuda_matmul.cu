@@ -98,7 +98,7 @@ static bool multiply_small(struct cuda_device *device, const struct activation *
         args.parts[p].layout = record_layout_of(parts[p].weight->type) != layout;
     }
     if (with.norm) {
-        args.norm = {with.norm->x, with.norm->weight, x->width, with.norm->epsilon};
+        args.norm = {with.norm->x, with.norm->weight, x->width, 1.0f / x->width, with.norm->epsilon};
         args.unit = 1;
     }
     if (with.gated) {

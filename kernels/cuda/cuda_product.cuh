@@ -23,12 +23,13 @@ struct product_part {
     bool accumulate;
 };
 
-// What the activations are made from, where a product makes them itself: the RMS norm of rows of f32.
+// What the activation is made from, where a product of one column makes it itself: the RMS norm of a row of
+// f32 whose width is a multiple of 256.
 struct product_norm {
-    const float *x; // [columns][width]; NULL: they are there
+    const float *x; // NULL: it is there
     const float *weight;
     uint32_t width;
-    float epsilon;
+    float per_width, epsilon; // 1 / width
 };
 
 // What becomes of the rows of q, k and v, in this order, where a product makes those of tokens, one a column:

@@ -402,13 +402,13 @@ __device__ __forceinline__ void record_multiply(const unsigned char *record, con
     record_multiply_columns<L, NT>(record, columns, lane, acc);
 }
 
-// The same for the records of two K blocks in a row of a tile and up to 8 columns, step by step in turn, so
-// that one's products do not wait for the other's. With integer scales only: what is added to acc is made
+// The same for the records of two K blocks in a row of a tile and up to 8 columns each, step by step in turn,
+// so that one's products do not wait for the other's. With integer scales only: what is added to acc is made
 // side by side, and added in order.
 template <int L>
 __device__ __forceinline__ void record_multiply_two(const unsigned char *const *records,
-                                                    const unsigned char *const *x, uint32_t count, int lane,
-                                                    float (*acc)[4])
+                                                    const unsigned char *const *x, const uint32_t *counts,
+                                                    int lane, float (*acc)[4])
 {
     static_assert(record_form_of(L).integer_scales, "else the second product begins with the first's sums");
     struct record_head<L> head[2];
@@ -417,7 +417,7 @@ __device__ __forceinline__ void record_multiply_two(const unsigned char *const *
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         head[r].read(records[r], lane);
-        columns[r].begin(x[r], count, lane);
+        columns[r].begin(x[r], counts[r], lane);
     }
 #pragma unroll
     for (int half = 0; half < 2; half++) {

@@ -86,9 +86,9 @@ __global__ void __launch_bounds__(1024)
     norm_kernel(struct activation_view out, const float *x, const uint32_t *index, uint32_t width,
                 const float *weight, const float *bias, float epsilon)
 {
-    extern __shared__ float chunks[];
+    extern __shared__ __align__(16) float chunks[];
     uint32_t row = blockIdx.x, step = 8 * blockDim.x, first = 8 * threadIdx.x, lane = threadIdx.x % 32;
-    float kept[8], values[8], factors[8], shifts[8], mean = 0;
+    float kept[8], values[8], factors[8], shifts[8], mean = 0, per_width = 1.0f / width;
     row_load8(weight, first, width, factors); // nobody writes weights in a step
     cuda_release();
     cuda_wait();
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(1024)
             chunks[k / CUDA_K_BLOCK] = sum;
     }
     __syncthreads();
-    float scale = row_scale(chunks, out.k_blocks, width, epsilon);
+    float scale = row_scale(chunks, out.k_blocks, per_width, epsilon);
     for (uint32_t k = first; k < out.k_blocks * CUDA_K_BLOCK; k += step) {
         if (k == first) {
             memcpy(values, kept, sizeof(values));

@@ -98,6 +98,16 @@ static inline float __fadd_rn(float a, float b)
     return a + b;
 }
 
+static inline float __fdividef(float a, float b)
+{
+    return a / b;
+}
+
+static inline float rsqrtf(float x)
+{
+    return 1.0f / sqrtf(x);
+}
+
 static inline float __fsub_rn(float a, float b)
 {
     return a - b;

@@ -167,8 +167,6 @@ static inline double allowed_on_cpu(const struct problem *p, struct problem_sums
 static inline double allowed_on_cuda(const struct problem *p, struct problem_sums s)
 {
     double roundings = (p->exact ? 0 : 1) + (p->type == TENSOR_F16 ? 0 : 1);
-    if (roundings == 2 && p->width >= 64)
-        roundings = 1.5;
     double tiny = 0x1p-25 * (s.weights + s.x); // halves below 2^-14
     return roundings * 0x1.002p-11 * s.gross + tiny + (p->width / 16 + 16) * 0x1p-23 * s.gross + 1e-30;
 }

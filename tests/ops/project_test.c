@@ -88,12 +88,16 @@ static void open_stage(struct stage *s, uint64_t *random, uint32_t rows, uint32_
         s->out[way] = fixture_put(s->device, NULL, (size_t)s->rows * s->stride * sizeof(float));
 }
 
-// Of any size that is quickly done.
+// Of any size that is quickly done, one row often; widths are of whole blocks of 256 where the types ask for
+// them, and now and then of many.
 static void open_small_stage(struct stage *s, uint64_t *random, uint32_t n_parts, const uint32_t *part_rows)
 {
-    uint32_t types[3], width = 256 * (1 + pick(6));
+    uint32_t types[3], block = 32, rows = pick(4) ? 1 + pick(10) : 1 + pick(MOST_ROWS);
     pick_types(types, n_parts);
-    open_stage(s, random, pick(4) ? 1 + pick(10) : 1 + pick(MOST_ROWS), width, n_parts, part_rows, types);
+    for (uint32_t p = 0; p < n_parts; p++)
+        block = tensor_type_info(types[p])->block_weights > block ? 256 : block;
+    uint32_t width = block == 256 || pick(2) ? 256 * (1 + pick(pick(4) ? 6 : 40)) : block * (1 + pick(48));
+    open_stage(s, random, pick(3) ? rows : 1, width, n_parts, part_rows, types);
 }
 
 static void close_stage(struct stage *s)
