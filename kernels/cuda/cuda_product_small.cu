@@ -21,7 +21,7 @@ enum {
     SMALL_COLUMNS = 8,
     MAX_WARPS = 16,
     RING_SLOTS = 8,
-    NORM_KEPT = 2,           // K blocks a warp
+    NORM_KEPT = 4,           // K blocks a warp
     ENOUGH_BYTES = 64 << 10, // in the rings of a block: twice what is on its way at the memory's rate
     EARLY_BYTES = 80 << 10,  // asked for before the columns: what is queued for longer delays these
 };
