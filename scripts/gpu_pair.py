@@ -1,9 +1,10 @@
 #!/usr/bin/python3
 """Compare one GPU with two, in one run on one machine, through `strata serve` and its clients over gRPC.
 
-Cases, each with one GPU and with two; the figure is the better of --repeat runs:
+Cases. One GPU and two take turns, because a GPU that was busy for long is a slower one; the figure of each is the best
+of its --repeat turns:
   one stream    one client, greedy: new tokens a second
-  decode        32 clients on one GPU, 64 on two: new tokens a second, all clients together
+  decode        32 clients on one GPU, 64 on two, prompts of 64 and answers of 512: new tokens a second, all together
   prefill       eight prompts of 2048 tokens at all times: prompt tokens a second
   greedy ids    64 prompts must get the same tokens from two GPUs as from one
   killed        one worker of two is killed under 16 streams: the longest pause between two texts of a stream, how many
@@ -36,10 +37,10 @@ import time
 import gpu_bench
 import pipeline_timeline
 
-BENCHES = {  # prompt, new, clients with 1 and 2 GPUs, requests for each client, the figure, floor of the ratio
+BENCHES = {  # prompt, new, clients with 1 and 2 GPUs, requests of each client, the figure, floor of the ratio
     "one stream": (8, 128, (1, 1), 2, "new_tokens_per_second", 0.95),
-    "decode": (64, 200, (32, 64), 2, "new_tokens_per_second", 1.8),
-    "prefill": (2048, 1, (8, 8), 6, "prompt_tokens_per_second", 1.8),
+    "decode": (64, 512, (32, 64), 1, "new_tokens_per_second", 1.8),
+    "prefill": (2048, 1, (8, 8), None, "prompt_tokens_per_second", 1.8),
 }
 CASES = [*BENCHES, "greedy ids", "killed"]
 CASE_SECONDS = 60
@@ -58,7 +59,8 @@ def parse():
     p.add_argument("--vocab", help="a GGUF file whose tokens the model gets (default: a fixture of the tests)")
     p.add_argument("--backend", default="cuda", choices=["cuda", "cpu"])
     p.add_argument("--devices", default="0,1", help="the two GPUs; the first is also the one")
-    p.add_argument("--requests", type=int, default=1, help="so many times the usual requests")
+    p.add_argument("--prompts", type=int, default=24, help="of each client of the prefill case: the more, the less "
+                   "does it count that the pipeline is filled and drained")
     p.add_argument("--repeat", type=int, default=2)
     p.add_argument("--cases", default="", help="only those whose name has one of these words, separated by commas")
     p.add_argument("--start-timeout", type=float, default=180, help="seconds a server may take until it is ready")
@@ -102,7 +104,7 @@ class Server:
 
     def __init__(self, a, model, count, trace):
         self.a, self.count, self.home = a, count, tempfile.mkdtemp(prefix="strata-pair")
-        self.times = {}  # case -> when its best run began and ended, on the clock of the traces
+        self.times = {}  # case -> when it began and ended, on the clock of the traces
         self.traces = pathlib.Path(self.home) / "traces" if trace else None
         self.address, self.log = f"unix:{self.home}/strata", pathlib.Path(self.home) / "log"
         where = ["--devices", ",".join(a.devices.split(",")[:count])] if a.backend == "cuda" else ["--workers", count]
@@ -176,24 +178,17 @@ class Server:
 
 
 def bench(server, name):
-    """Tokens a second, the best of the runs; None where none ended well."""
+    """Tokens a second; None where it did not end well."""
     prompt, new, clients, each, figure, _ = BENCHES[name]
-    n, end, best = clients[server.count - 1], time.monotonic() + CASE_SECONDS, None
-    for _ in range(server.a.repeat):
-        if best and time.monotonic() > end - 1:
-            break
-        began = time.monotonic()
-        out = server.client("bench", "--prompt", prompt, "--new", new, "--concurrency", n, "--requests",
-                            n * each * server.a.requests, seconds=end - time.monotonic())
-        if not out:
-            break
-        if out["sweeps"][0][figure] > (best or 0):
-            best, server.times[name] = out["sweeps"][0][figure], (began, time.monotonic())
-    return best
+    n, began = clients[server.count - 1], time.monotonic()
+    out = server.client("bench", "--prompt", prompt, "--new", new, "--concurrency", n, "--requests",
+                        n * (each or server.a.prompts))
+    server.times[name] = (began, time.monotonic())
+    return out and out["sweeps"][0][figure]
 
 
 def stages_of(server, name):
-    """What the stages did in the middle half of a case's best run: rows as in pipeline_timeline.py, and the picture."""
+    """What the stages did in the middle half of a case's run: rows as in pipeline_timeline.py, and the picture."""
     if name not in server.times:
         return None
     time.sleep(0.5)  # the workers write a few times a second
@@ -312,6 +307,29 @@ def measure(a, model, count, cases):
     return found
 
 
+def best_of(turns):
+    """One dictionary of several: of each bench its best figure, with the stages of the same run."""
+    best = dict(turns[0])
+    for turn in turns[1:]:
+        for name in BENCHES:
+            if (turn.get(name) or 0) > (best.get(name) or 0):
+                best[name] = turn[name]
+                if name == TRACED:
+                    best["stages"] = turn.get("stages")
+    return best
+
+
+def take_turns(a, model, cases):
+    """What one GPU and what two found. Answers and failures are looked at once."""
+    turns = ([], [])
+    for i in range(a.repeat):
+        now = [c for c in cases if i == 0 or c in BENCHES]
+        for count in (1, 2):
+            if now and (count == 2 or now != ["killed"]):
+                turns[count - 1].append(measure(a, model, count, now))
+    return [best_of(t) if t else {} for t in turns]
+
+
 def judge(name, one, two, floors_hold):
     """The row of a case as JSON, and as text."""
     row = {"case": name, "one": one, "two": two, "ok": False}
@@ -366,8 +384,7 @@ def main():
         sys.exit("no case has such a name" if not cases else "--devices: two numbers, as in 0,1")
     with model_file(a) as model:
         try:
-            one = measure(a, model, 1, cases) if cases != ["killed"] else {}
-            two = measure(a, model, 2, cases)
+            one, two = take_turns(a, model, cases)
         except NotServing as problem:
             sys.exit(str(problem))
     rows = []

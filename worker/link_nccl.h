@@ -20,10 +20,11 @@ struct link_nccl_shape {
     uint32_t depth;       // messages that the sender may have queued before its stream waits
     uint32_t blocks;      // thread blocks that move a long message
 };
-// The residual: one message under way and one behind it; a prompt's megabytes want more than one block.
+// The residual: one message under way and one behind it. Many blocks carry a prompt's megabytes: kernels that
+// count on all multiprocessors wait for those that carry, and so for a shorter time.
 static inline struct link_nccl_shape link_nccl_residual(uint32_t max_positions, uint32_t width)
 {
-    return (struct link_nccl_shape){(size_t)max_positions * width * sizeof(float), 2, 4};
+    return (struct link_nccl_shape){(size_t)max_positions * width * sizeof(float), 2, 16};
 }
 // The tokens that go back to the first stage, which may fetch them as late as MAX_STEP_HISTORY steps after
 // they were sent: with fewer buffers the last stage would wait for a step that waits for its own.
