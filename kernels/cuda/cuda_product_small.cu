@@ -506,8 +506,8 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, 1)
         barrier_init(&columns_here, 1);
     ring.begin(args, shape, lane);
     end.begin(args, shape, 0, threadIdx.x);
-    if (threadIdx.x < CUDA_BLOCK_BYTES / 16)
-        ((uint4 *)zeros)[threadIdx.x] = make_uint4(0, 0, 0, 0);
+    for (uint32_t i = threadIdx.x; i < CUDA_BLOCK_BYTES / 16; i += blockDim.x) // of as little as a warp
+        ((uint4 *)zeros)[i] = make_uint4(0, 0, 0, 0);
     cuda_release();
     __syncthreads(); // columns_here and zeros are there for all
     cuda_wait();
