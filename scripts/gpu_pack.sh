@@ -10,10 +10,8 @@ out=${2:-$source/build-gpu}
 tests="matmul_test matmul_classes_test project_test rows_test embed_test engine_test executor_test executor_ahead_test"
 tests="$tests executor_stages_test executor_measure_test stamp_test weight_cache_test memory_plan_test file_read_bench"
 
-launcher=""
-if command -v ccache > /dev/null; then
-    launcher="-DCMAKE_C_COMPILER_LAUNCHER=ccache -DCMAKE_CUDA_COMPILER_LAUNCHER=ccache"
-fi
+launcher="" # not for CUDA: ccache does not see a change inside an #if on the GPU's architecture
+! command -v ccache > /dev/null || launcher="-DCMAKE_C_COMPILER_LAUNCHER=ccache"
 # shellcheck disable=SC2086 # several words
 cmake -S "$source" -B "$objects" -G Ninja -DSTRATA_CUDA=ON -DSTRATA_STATIC=ON $launcher ${CMAKE_FLAGS:-} \
     > "$objects.log" 2>&1 || { cat "$objects.log" >&2; exit 1; }

@@ -128,7 +128,8 @@ static int bit(const uint8_t *bytes, uint32_t index)
     return bytes[index / 8] >> index % 8 & 1;
 }
 
-// value = a * q + b, the terms of one element.
+// value = a * q + b, the terms of one element. Where codes have an offset it is a term: kernels may round
+// them apart.
 struct terms {
     double a, q, b;
 };
@@ -138,11 +139,11 @@ static struct terms block_32(uint32_t type, const uint8_t *p, uint32_t i)
     double d = half_value(get16(p)), m = half_value(get16(p + 2));
     switch (type) {
     case TENSOR_Q4_0:
-        return (struct terms){d, (i < 16 ? p[2 + i] % 16 : p[2 + i - 16] / 16) - 8, 0};
+        return (struct terms){d, i < 16 ? p[2 + i] % 16 : p[2 + i - 16] / 16, -8 * d};
     case TENSOR_Q4_1:
         return (struct terms){d, i < 16 ? p[4 + i] % 16 : p[4 + i - 16] / 16, m};
     case TENSOR_Q5_0:
-        return (struct terms){d, (i < 16 ? p[6 + i] % 16 : p[6 + i - 16] / 16) + 16 * bit(p + 2, i) - 16, 0};
+        return (struct terms){d, (i < 16 ? p[6 + i] % 16 : p[6 + i - 16] / 16) + 16 * bit(p + 2, i), -16 * d};
     case TENSOR_Q5_1:
         return (struct terms){d, (i < 16 ? p[8 + i] % 16 : p[8 + i - 16] / 16) + 16 * bit(p + 4, i), m};
     default:

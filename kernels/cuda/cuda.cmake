@@ -6,7 +6,8 @@
 #                                      general path, as machine code and as PTX from which newer GPUs' drivers make
 #                                      theirs; 90a-real is 9.0. One alone halves what there is to compile, and a GPU
 #                                      that is left out is refused by name
-#   -DCMAKE_CUDA_COMPILER_LAUNCHER=ccache
+# No -DCMAKE_CUDA_COMPILER_LAUNCHER=ccache: it hands out stale objects where only code inside an #if on __CUDA_ARCH__
+# changed.
 set(STRATA_CUDA AUTO CACHE STRING "CUDA kernels: AUTO, ON, OFF or EMULATED")
 set(STRATA_CUDA_ARCH "80;90a-real" CACHE STRING "GPU architectures, as CMAKE_CUDA_ARCHITECTURES takes them")
 set(STRATA_HAVE_CUDA OFF)

@@ -489,11 +489,11 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, 1)
 #if CUDA_FOR_90
     extern __shared__ __align__(128) unsigned char shared[];
     __shared__ __align__(8) barrier_t filled[MAX_WARPS * RING_SLOTS], columns_here;
-    __shared__ __align__(16) unsigned char zeros[CUDA_BLOCK_BYTES];
     uint32_t warps = blockDim.x / 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     uint32_t n_columns = Kind::columns(args), ring_bytes = shape.slots * 2 * Kind::RECORD_BYTES;
     unsigned char *x = shared + (size_t)warps * ring_bytes;
-    float *sums = (float *)(x + (size_t)args.k_blocks * n_columns * CUDA_BLOCK_BYTES);
+    unsigned char *zeros = x + (size_t)args.k_blocks * n_columns * CUDA_BLOCK_BYTES;
+    float *sums = (float *)(zeros + CUDA_BLOCK_BYTES);
     uint32_t pass_sums = warps * n_columns * 16;
     struct warp_ring<Kind> ring = {
         shared + (size_t)warp *ring_bytes, filled + warp *RING_SLOTS, task_of<Kind>(args, warp)
@@ -540,11 +540,11 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, 1)
 
 // --- shapes ---
 
-// Shared memory beside the rings: the columns, the sums of a pass and the next, and the squares of a norm in
-// their place.
+// Shared memory beside the rings: the columns, a K block of zeros, the sums of a pass and the next, and the
+// squares of a norm in their place.
 static size_t beside_rings(const struct product_args &args, uint32_t warps, uint32_t passes)
 {
-    size_t x = (size_t)args.k_blocks * args.columns * CUDA_BLOCK_BYTES;
+    size_t x = ((size_t)args.k_blocks * args.columns + 1) * CUDA_BLOCK_BYTES;
     size_t sums = (size_t)(passes > 1 ? 2 : 1) * warps * args.columns * 16 * sizeof(float);
     size_t squares = args.norm.x ? args.k_blocks * sizeof(float) : 0;
     return x + (sums > squares ? sums : squares);
@@ -581,8 +581,8 @@ template <class Kind> static bool launch_kind(struct cuda_device *device, const 
     shape.more_tiles = args.tiles % blocks;
     while (1u << shape.column_shift < args.columns)
         shape.column_shift++;
-    // Beside what a kernel has of its own: barriers and zeros.
-    size_t room = device->shared_limit - MAX_WARPS * RING_SLOTS * sizeof(barrier_t) - CUDA_BLOCK_BYTES - 128;
+    // Beside what a kernel has of its own, barriers.
+    size_t room = device->shared_limit - MAX_WARPS * RING_SLOTS * sizeof(barrier_t) - 128;
     size_t shared;
     if (!choose_shape(&shape, args, Kind::LEGS, Kind::RECORD_BYTES, blocks, room, &shared))
         return false;
@@ -639,6 +639,8 @@ bool product_small(struct cuda_device *device, const struct product_args &args, 
         return LAUNCH[layout](device, args);
     if (layout == RECORD_NIBBLES && other == RECORD_SIXES) // the mixes of Q4_K_M and Q5_K_M
         return launch<RECORD_NIBBLES, RECORD_SIXES>(device, args);
+    if (layout == RECORD_NIBBLES && other == RECORD_FIVES) // of Q4_K_M where many heads share keys and values
+        return launch<RECORD_NIBBLES, RECORD_FIVES>(device, args);
     if (layout == RECORD_FIVES && other == RECORD_SIXES)
         return launch<RECORD_FIVES, RECORD_SIXES>(device, args);
     return false;

@@ -7,8 +7,7 @@
 // multiples of their step are not rounded at all; with those the bound is that of the sums alone.
 // CUDA: activations become halves (2^-11 of each at most; whole numbers up to 127 stay), weights are exact or
 // become halves too, minimums apart from the rest; sums are f32, a chain of K / 16 additions of 16 exact
-// products each. Both roundings at their worst together would be 2^-10 of the gross sum; over a few dozen
-// terms 1.5 x 2^-11 is already out of reach.
+// products each.
 #ifndef STRATA_TESTS_MATMUL_PROBLEM_H
 #define STRATA_TESTS_MATMUL_PROBLEM_H
 
