@@ -7,11 +7,11 @@
 // several at once. Fibers run until they wait for others: at a barrier, a shuffle, a product of a warp.
 // Nothing is as on a GPU in time; what a kernel means is held to more strictly than there:
 //
-//   - dynamic shared memory holds NaN before a block begins (static memory zeros, so little should be), and the
-//     place of an asynchronous copy from its start until somebody waits for it: who reads too early, or writes
-//     where a copy is under way, is found out;
-//   - copies must be aligned, launches within the device's limits, memory within its allocation (a page behind
-//     it cannot be touched);
+//   - dynamic shared memory holds NaN before a block begins (static memory zeros: little should be static),
+//     and the place of an asynchronous copy from its start until somebody waits for it: who reads too early,
+//     or writes where a copy is under way, is found out;
+//   - copies must be aligned, launches within the device's limits, memory within its allocation (a page
+//     behind it cannot be touched);
 //   - warps take their turns in an order that differs from block to block;
 //   - a block all of whose threads wait for one another ends the program, and says so.
 //
